@@ -1,0 +1,54 @@
+"""The command `mm-sglang`. Bad input is one clear line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_sglang import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mm-sglang", description="Sparse prefill for long video in SGLang.")
+    parser.add_argument("--version", action="version", version=f"mm-sglang {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,check}")
+
+    demo = commands.add_parser("demo", help="a real mp4 through SGLang, dense and sparse, on this machine")
+    demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it makes (default: demo_out)")
+    demo.add_argument("--video", type=Path, help="an mp4 of your own (default: 64 s of photographs, rendered)")
+    demo.add_argument(
+        "--question", default="What happens in this video?", help="text sent with it (default: %(default)r)"
+    )
+
+    serve = commands.add_parser(
+        "serve",
+        help="SGLang's own server with mm_sparse switched on",
+        description="Runs `sglang serve MODEL` with the flags that mm_sparse needs here, and prints that command. "
+        "Every further option goes to SGLang as it is and wins over the defaults.",
+    )
+    serve.add_argument("model", metavar="MODEL", help="folder or Hugging Face name")
+    serve.add_argument("--config", help="YAML file of head patterns (default: the one in the package)")
+
+    commands.add_parser("check", help="what this machine can run, and why not the rest")
+
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if options.command == "demo":
+            from mm_sglang.demo.run import run_demo
+
+            return run_demo(out=options.out, video=options.video, question=options.question)
+        if options.command == "serve":
+            from mm_sglang.serve import run_server
+
+            return run_server(options.model, config=options.config, extra=rest)
+        from mm_sglang.check import print_check
+
+        return print_check()
+    except ValueError as error:
+        print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

@@ -1,0 +1,144 @@
+"""`mm-sglang serve`: the `sglang serve` command that mm_sparse needs on this machine, checked before it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_sglang.compat import require_supported_sglang
+from mm_sglang.config import SparseConfig
+from mm_sglang.cpu.activate import NAME as CPU_PLATFORM
+from mm_sglang.layout import require_known_architecture
+from mm_sglang.plugin import BACKEND
+
+OVERRIDES = "--json-model-override-args"
+# What a plain CPU needs; a flag the user gives wins. The pool and the request slots are sized for a workstation.
+CPU_FLAGS = {
+    "--device": "cpu",
+    "--mm-attention-backend": "sdpa",
+    "--mem-fraction-static": "0.2",
+    "--max-running-requests": "16",
+}
+
+
+def run_server(model: str, *, config: str | None, extra: Sequence[str]) -> int:
+    """Check, print the command, become it. Raises ValueError for what can be known to be wrong before the start."""
+    require_supported_sglang()
+    import torch
+
+    if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
+        raise ValueError("this version of mm_sparse runs on a CPU only (see `mm-sglang check`): add --device cpu")
+    command, environment = server_command(model, config=config, extra=extra, cores=os.cpu_count() or 1)
+    shown = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
+    print(" ".join([*shown, *map(shlex.quote, command)]), flush=True)
+    os.execve(command[0], command, os.environ | environment)
+
+
+def server_command(
+    model: str, *, config: str | None, extra: Sequence[str], cores: int
+) -> tuple[list[str], dict[str, str]]:
+    """The server's argv and the environment variables it needs.
+
+    Raises:
+        ValueError: settings that are wrong, or that don't fit a model folder that is here to be read.
+    """
+    extra, overrides = _without_overrides(extra)
+    if config is not None:
+        if "mm_sparse" in overrides:
+            raise ValueError(f"--config and an mm_sparse section in {OVERRIDES}: needs one of them")
+        overrides["mm_sparse"] = str(Path(config).resolve())
+    settings = SparseConfig.from_settings(overrides.get("mm_sparse"))
+    check_model_folder(model, settings)
+
+    environment = {"SGLANG_PLATFORM": CPU_PLATFORM}
+    ranks = _ranks(extra)
+    if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
+    flags = {"--attention-backend": BACKEND, **CPU_FLAGS}
+    added = [part for flag, value in flags.items() if _flag(extra, flag) is None for part in (flag, value)]
+    if overrides:
+        added += [OVERRIDES, json.dumps(overrides)]
+    return [sglang_script(), "serve", model, *added, *extra], environment
+
+
+def sglang_script() -> str:
+    """SGLang's own command: the one of this interpreter's environment, else the one on PATH."""
+    beside = Path(sys.executable).with_name("sglang")
+    found = str(beside) if beside.is_file() else shutil.which("sglang")
+    if found is None:
+        raise ValueError(f"no command `sglang` beside {sys.executable} or on PATH: needs sglang installed")
+    return found
+
+
+def check_model_folder(model: str, settings: SparseConfig) -> None:
+    """ValueError if the folder's architecture has no layout rule, or the settings name layers or heads it lacks.
+
+    A name that is no folder here is left to SGLang to fetch; the backend makes the same checks when it starts.
+    """
+    path = Path(model) / "config.json"
+    if not Path(model).is_dir():
+        return
+    if not path.is_file():
+        raise ValueError(f"model {model}: the folder has no config.json")
+    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    require_known_architecture(values.get("architectures"))
+    text: Mapping[str, Any] = values.get("text_config", values)  # older Qwen2.5-VL folders keep them at the top
+    settings.check_model(layers=text["num_hidden_layers"], heads=text["num_attention_heads"])
+
+
+def thread_binding(ranks: int, cores: int) -> str:
+    """SGLANG_CPU_OMP_THREADS_BIND for `ranks` processes: equal runs of cores, "0-3|4-7"."""
+    if ranks > cores:
+        raise ValueError(
+            f"tensor parallelism over {ranks} ranks: needs at least as many CPU cores, this machine has {cores}"
+        )
+    share = cores // ranks
+    runs = [(rank * share, (rank + 1) * share - 1) for rank in range(ranks)]
+    return "|".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _flag(arguments: Sequence[str], name: str) -> str | None:
+    """Value of `--name value` or `--name=value`, the last one given; None if it is not there."""
+    found = None
+    for index, argument in enumerate(arguments):
+        if argument == name:
+            found = arguments[index + 1] if index + 1 < len(arguments) else ""
+        elif argument.startswith(name + "="):
+            found = argument[len(name) + 1 :]
+    return found
+
+
+def _ranks(arguments: Sequence[str]) -> int:
+    for name in ("--tp", "--tp-size", "--tensor-parallel-size"):
+        value = _flag(arguments, name)
+        if value is not None:
+            if not value.isdecimal():
+                raise ValueError(f"{name} {value}: needs a whole number")
+            return int(value)
+    return 1
+
+
+def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without --json-model-override-args, and that option's content."""
+    text = _flag(arguments, OVERRIDES)
+    if text is None:
+        return list(arguments), {}
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{OVERRIDES} {text!r}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{OVERRIDES} {text!r}: needs a JSON object")
+    rest, skip = [], False
+    for argument in arguments:
+        if skip or argument == OVERRIDES:
+            skip = not skip
+        elif not argument.startswith(OVERRIDES + "="):
+            rest.append(argument)
+    return rest, content
