@@ -5,6 +5,7 @@ Legend: N positions of a request, n vision tokens of one item.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +100,17 @@ class TokenLayout:
             out[4, at] = (index % item.cols).int()
         return out.to(self.device)
 
+    def until(self, length: int) -> TokenLayout:
+        """The layout of positions [0, length), shorter or longer than this one, without computing anything again."""
+        part = TokenLayout(items=self.items, length=length, device=self.device)
+        coordinates = self.coordinates[:, :length]
+        if length > self.length:
+            text = coordinates.new_full((5, length - self.length), -1)
+            text[0] = TEXT
+            coordinates = torch.cat([coordinates, text], 1)
+        part.__dict__["coordinates"] = coordinates  # where cached_property would keep it
+        return part
+
     @property
     def modality(self) -> torch.Tensor:
         return self.coordinates[0]
@@ -152,19 +164,18 @@ def consume_grids(
         ValueError: grids and spans do not describe the same number of tokens.
     """
     items: list[VisionItem] = []
-    left = [list(s) for s in spans]
+    left = deque(spans)
     for number, (t, h, w) in enumerate(grids):
         if h % merge or w % merge:
             raise ValueError(f"grid {(t, h, w)}: height and width need to be multiples of the merge size {merge}")
         need, own = t * (h // merge) * (w // merge), []
         while need and left:
-            start, end = left[0]
+            start, end = left.popleft()
             take = min(need, end - start)
             own.append((start, start + take))
             need -= take
-            left[0][0] += take
-            if left[0][0] == end:
-                left.pop(0)
+            if start + take < end:
+                left.appendleft((start + take, end))
         if need:
             raise ValueError(f"grid {(t, h, w)} of {MODALITIES[modality]} {number}: its spans are {need} tokens short")
         seconds = None if seconds_per_frame is None else float(seconds_per_frame[number])

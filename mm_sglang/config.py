@@ -103,7 +103,7 @@ class SparseConfig:
 
     @classmethod
     def from_settings(cls, settings: object) -> SparseConfig:
-        """From the value of "mm_sparse" in --json-model-override-args: none (the default), a path, or a mapping."""
+        """From the value of "mm_sparse" in --json-model-override-args: none, a path, or a mapping."""
         if settings is None:
             return cls.from_yaml(default_config())
         if isinstance(settings, str):
@@ -119,7 +119,7 @@ class SparseConfig:
         return None if all(pattern.kind == "dense" for pattern in chosen) else chosen
 
     def check_model(self, *, layers: int, heads: int) -> None:
-        """ValueError if a layer or head named here is not in a model of `layers` layers of `heads` query heads."""
+        """ValueError if a layer or head named here is not in a model of that many, or if no layer would be sparse."""
         traced = self.trace.tensors if self.trace else ()
         for where, numbers in (
             ("layers", self.layers),
@@ -133,6 +133,8 @@ class SparseConfig:
             for head in entry.heads:
                 if head >= heads:
                     raise ValueError(f"layers: {layer}: heads: head {head}: the model has query heads 0..{heads - 1}")
+        if all(self.patterns(layer, heads) is None for layer in range(layers)):
+            raise ValueError(f"no sparse layer: all {layers} layers of the model would be dense: needs at least one")
 
 
 def default_config() -> Path:

@@ -37,8 +37,11 @@ def _numbers(value: Any) -> list[float] | None:
     return None if value is None else [float(x) for x in torch.as_tensor(value).reshape(-1).tolist()]
 
 
-def layout_from_sglang(mm_inputs: Any, length: int, merge: int, device: torch.device | str = "cpu") -> TokenLayout:
-    """Layout of positions [0, length) of one request.
+CACHE = "_mm_sglang_layout"  # attribute of a request's mm_inputs: the layout goes when the request goes
+
+
+def layout_from_sglang(mm_inputs: Any, length: int, merge: int) -> TokenLayout:
+    """Layout of positions [0, length) of one request; its coordinates are computed once, for the first chunk.
 
     Args:
         mm_inputs: SGLang's `MultimodalInputs` (schedule_batch.py) or None for a text request. Item offsets are
@@ -50,8 +53,19 @@ def layout_from_sglang(mm_inputs: Any, length: int, merge: int, device: torch.de
         ValueError: an item without a grid (precomputed embeddings), of another modality, or whose offsets and grid
             disagree.
     """
+    if mm_inputs is None:
+        return TokenLayout(items=(), length=length)
+    items = _items(mm_inputs.mm_items, merge)
+    whole: TokenLayout | None = getattr(mm_inputs, CACHE, None)
+    if whole is None or whole.items != items:  # a session's later turn may have brought more images
+        whole = TokenLayout(items=items, length=items[-1].spans[-1][1] if items else 0)
+        setattr(mm_inputs, CACHE, whole)
+    return whole.until(length)
+
+
+def _items(entries: Sequence[Any], merge: int) -> tuple[VisionItem, ...]:
     items: list[VisionItem] = []
-    for entry in [] if mm_inputs is None else mm_inputs.mm_items:
+    for entry in entries:
         name = entry.modality.name.lower()
         if name not in ("image", "video"):
             raise ValueError(f"modality {name!r} has no token layout rule: needs image or video")
@@ -65,8 +79,7 @@ def layout_from_sglang(mm_inputs: Any, length: int, merge: int, device: torch.de
         if seconds is not None and len(seconds) != len(grids):
             seconds = None  # SGLang copies the whole request's list into some items; then it says nothing of this one
         items += consume_grids(VIDEO if name == "video" else IMAGE, grids, spans, merge, seconds)
-    items.sort(key=lambda item: item.spans[0][0])
-    return TokenLayout(items=tuple(items), length=length, device=device)
+    return tuple(sorted(items, key=lambda item: item.spans[0][0]))
 
 
 def _runs(ids: torch.Tensor, token: int) -> list[tuple[int, int]]:

@@ -118,6 +118,18 @@ def test_positions_after_the_prompt_are_text_and_times_are_kept() -> None:
     assert layout.counts() == {"text": 9 + 20, "image": 0, "video": 60}
 
 
+def test_coordinates_are_computed_once_and_again_when_items_are_added() -> None:
+    tokens, inputs = qwen2_5(["video", "image"])
+    assert inputs is not None
+    first, second = (layout_from_sglang(inputs, length, merge=2) for length in (20, 60))
+    assert first.coordinates.data_ptr() == second.coordinates.data_ptr()
+    last = inputs.mm_items.pop(0)  # the image, which stands last in the prompt
+    without = layout_from_sglang(inputs, len(tokens), merge=2)
+    assert without.counts()["image"] == 0
+    inputs.mm_items.append(last)
+    assert [tuple(c) for c in layout_from_sglang(inputs, len(tokens), merge=2).coordinates.T.tolist()] == tokens
+
+
 def test_images_without_text_between_share_a_span() -> None:
     first, second = consume_grids(IMAGE, [(1, 4, 4), (1, 2, 6)], [(3, 10)], 2)
     assert (first.spans, second.spans) == (((3, 7),), ((7, 10),))

@@ -3,8 +3,8 @@
 Why: `VisionSdpaAttention`, the only vision attention for a plain CPU, attends all patches of a video at once
     under a mask of patches x patches: a minute of small frames (49,152 patches) asks for 38 GB, the scheduler dies.
 How: AROUND its forward: where the segments of `cu_seqlens` (frames, or windows of a frame) are all that the mask
-    would say, attend each by itself, those of equal length in one call. Same result, memory linear in patches.
-Upstream: sglang/srt/layers/attention/vision.py VisionSdpaAttention (the GPU backends pass cu_seqlens to varlen kernels).
+    would say, attend each by itself, equal lengths in one call. Same result, memory linear in patches.
+Upstream: sglang/srt/layers/attention/vision.py VisionSdpaAttention (GPU backends pass cu_seqlens to varlen kernels).
 Versions: 0.5.23. Remove when it goes by segments itself.
 """
 

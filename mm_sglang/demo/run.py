@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import shutil
 import statistics
 import time
@@ -16,6 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from mm_sglang.config import SparseConfig, default_config
+from mm_sglang.demo.client import ask
 from mm_sglang.demo.picture import Panel, draw
 from mm_sglang.demo.report import Recall, density_table, prompt_chunks, recalls, replay
 from mm_sglang.demo.server import Server
@@ -82,14 +82,14 @@ def run_demo(*, out: Path, video: Path | None, question: str) -> int:
             stack.enter_context(server)
         warm = render_video(out / "warm_up.mp4", seconds=4.0, width=224, height=168).path
         for server in servers.values():
-            _ask(server, warm, "warm up", 4)
+            ask(server.url, [("video", warm), ("text", "warm up")], 4)
         step("time to first token, one server at a time")
         timings, answers = {}, {}
         for name, server in servers.items():
             timings[name] = _time(server, video, question)
         step("answers")
         for name, server in servers.items():
-            answers[name] = _ask(server, video, question, ANSWER_TOKENS)["choices"][0]["response_token_ids"]
+            answers[name] = ask(server.url, [("video", video), ("text", question)], ANSWER_TOKENS).tokens
     step("tables and picture")
     chunks = prompt_chunks(read_trace(trace))
     layout, plans, tensors = replay(trace, [line for line in chunks if line["layer"] == TRACED_LAYER], config)
@@ -111,29 +111,12 @@ def _start(model: Path, extra: Sequence[str], log: Path) -> Server:
     return Server(command, environment, log)
 
 
-def _ask(server: Server, video: Path, question: str, tokens: int) -> dict[str, Any]:
-    """One chat completion through the OpenAI-compatible endpoint, greedy, the mp4 as a data URL."""
-    import openai
-
-    url = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
-    content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=600)
-    answer = client.chat.completions.create(
-        model="default",
-        messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
-        max_tokens=tokens,
-        temperature=0,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-    )
-    return answer.model_dump()
-
-
 def _time(server: Server, video: Path, question: str) -> Timing:
     seconds, prompt_tokens = [], 0
     for _ in range(1 + REPEATS):
         server.flush_cache()
         start = time.perf_counter()
-        prompt_tokens = _ask(server, video, question, 1)["usage"]["prompt_tokens"]
+        prompt_tokens = ask(server.url, [("video", video), ("text", question)], 1).prompt_tokens
         seconds.append(time.perf_counter() - start)
     return Timing(first=seconds[0], repeat=statistics.median(seconds[1:]), prompt_tokens=prompt_tokens)
 

@@ -1,0 +1,104 @@
+"""The hooks into SGLang: their targets exist in the supported version, and each does what its file says."""
+
+from __future__ import annotations
+
+import inspect
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import mm_sglang.compat
+from mm_sglang.compat import (
+    cpu_last_loc,
+    cpu_vision_segments,
+    qwen2_5_vl_frames,
+    require_supported_sglang,
+    video_errors,
+)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """HookRegistry.register, recording instead of patching this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks: dict[str, Any] = {}
+    monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: hooks.update({target: (hook, kind.name)}))
+    return hooks
+
+
+def test_every_hook_has_a_target_of_the_shape_it_expects(registered: dict[str, Any]) -> None:
+    for module in (cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, video_errors):
+        module.install()
+    assert len(registered) == 5
+    for target, (hook, kind) in registered.items():
+        original = list(inspect.signature(resolve_name(target)).parameters)
+        ours = list(inspect.signature(hook).parameters)
+        ours = ours[1:] if kind == "AROUND" else ours
+        named = [name for name in ours if name not in ("args", "kwargs")]
+        assert named == original[: len(named)], target
+
+
+def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require_supported_sglang() in mm_sglang.compat.SUPPORTED_SGLANG
+    monkeypatch.setattr(mm_sglang.compat, "version", lambda name: "0.6.0")
+    with pytest.raises(ValueError, match=r"sglang 0\.6\.0: mm_sglang needs one of"):
+        require_supported_sglang()
+
+
+@pytest.mark.parametrize("bounds", [[0, 7], [0, 4, 8, 12], [0, 0, 5, 5, 21, 26, 30]])
+def test_segments_equal_attention_under_a_block_mask(bounds: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(bounds[-1], 4, 16, generator=generator)
+    k, v = torch.randn(2, bounds[-1], 2, 16, generator=generator)
+    segment = torch.bucketize(torch.arange(bounds[-1]), torch.tensor(bounds[1:]), right=True)
+    mask = segment[:, None] == segment[None, :]
+    q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
+    want = scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
+    got = cpu_vision_segments.attend_segments(q, k, v, torch.tensor(bounds, dtype=torch.int32), 0.3)
+    torch.testing.assert_close(got, want)
+
+
+def test_what_is_not_segments_takes_sglangs_own_path() -> None:
+    class Attention:
+        flatten_batch, softmax_in_single_precision, scale = True, False, 1.0
+
+    x = torch.zeros(4, 1, 8)
+    for bounds, mask in ((None, None), ([0, 3], None), ([1, 4], None), ([0, 4], torch.ones(4, 4))):
+        seqlens = None if bounds is None else torch.tensor(bounds)
+        answer = cpu_vision_segments._forward(
+            lambda *a, **k: torch.ones(1), Attention(), x, x, x, 1, cu_seqlens=seqlens, attention_mask=mask
+        )
+        assert torch.equal(answer, torch.ones(1))
+
+
+def test_a_video_is_handed_on_frame_by_frame_and_an_image_as_it_is() -> None:
+    grid = torch.tensor([[3, 4, 6], [1, 8, 2]])
+    assert qwen2_5_vl_frames.split_frames(grid).tolist() == [[1, 4, 6]] * 3 + [[1, 8, 2]]
+    assert grid.tolist() == [[3, 4, 6], [1, 8, 2]]
+    seen: list[torch.Tensor] = []
+    for rows in ([[2, 4, 4]], [[1, 4, 4], [1, 2, 2]]):
+        qwen2_5_vl_frames._forward(lambda self, x, g: seen.append(g), None, torch.zeros(1), torch.tensor(rows))
+    assert [g.tolist() for g in seen] == [[[1, 4, 4]] * 2, [[1, 4, 4], [1, 2, 2]]]
+
+
+def test_decoder_errors_become_one_line_of_ours() -> None:
+    class Wrapper:
+        def __len__(self) -> int:
+            return 9
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("[12:00] decoder.cc:98: Check failed\nStack trace:\n  0x7f")
+
+    with pytest.raises(
+        ValueError,
+        match=r"^the video is truncated or damaged: reading 3 of its 9 frames failed \(.*98: Check failed\)$",
+    ):
+        video_errors._frames(broken, Wrapper(), [0, 1, 2])
+    with pytest.raises(ValueError, match=r"^not a video, or truncated: no decoder opens it \(4 bytes: [^\n]*\)$"):
+        video_errors._open(broken, Wrapper(), b"abcd")
+    with pytest.raises(ValueError, match="the video is empty: got 0 bytes"):
+        video_errors._open(broken, Wrapper(), b"")
