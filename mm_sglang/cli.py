@@ -1,4 +1,4 @@
-"""The command `mm-sglang`. Bad input is one clear line on stderr and exit code 2."""
+"""The command `mm-sglang`. Bad input is one clear line on stderr and exit code 2; what fails here, code 1."""
 
 from __future__ import annotations
 
@@ -52,3 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # a server that did not start
+        print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import yaml
 from tqdm import tqdm
 
 from mm_sglang.config import SparseConfig, default_config
-from mm_sglang.demo.client import ask
+from mm_sglang.demo.client import Answer, Part, ask
 from mm_sglang.demo.picture import Panel, draw
-from mm_sglang.demo.report import Recall, density_table, prompt_chunks, recalls, replay
+from mm_sglang.demo.report import density_table, prompt_chunks, recalls, replay
 from mm_sglang.demo.server import Server
+from mm_sglang.demo.tables import machine, print_tables
 from mm_sglang.demo.tiny_model import make_tiny_model
 from mm_sglang.demo.video import PHOTOGRAPHS, render_video
 from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.plan import Plan
 from mm_sglang.serve import server_command
 from mm_sglang.trace import read_trace
 
@@ -35,146 +38,116 @@ FLAGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds to the first token: of the first request with this video, the median of repeats without radix hits."""
-
-    first: float
-    repeat: float
-    prompt_tokens: int
-
-
 def run_demo(*, out: Path, video: Path | None, question: str) -> int:
-    """The whole demo; prints its tables and where it put the picture. Raises ValueError on a video that is no file."""
+    """The whole demo; prints its tables and where it put the picture and report.json.
+
+    Raises:
+        ValueError: a video that is no file, or that the server refuses.
+    """
     if video is not None and not video.is_file():
         raise ValueError(f"--video {video}: needs an mp4 file")
     out.mkdir(parents=True, exist_ok=True)
-    steps = tqdm(total=5, bar_format="[{n_fmt}/{total_fmt}] {desc} ({elapsed})", leave=True)
+    report: dict[str, Any] = {"machine": machine(), "question": question}
+    with steps(5) as step, ExitStack() as stack:
+        step("making the model and the video")
+        model = make_tiny_model(out / "model")
+        if video is None:
+            facts = render_video(out / "video.mp4")
+            video = facts.path
+            report["video"] = asdict(facts) | {"path": str(facts.path), "photographs": [p.name for p in PHOTOGRAPHS]}
+        else:
+            report["video"] = {"path": str(video), "bytes": video.stat().st_size}
+        prompt: list[Part] = [("video", video), ("text", question)]
 
-    def step(text: str) -> None:
-        steps.set_description_str(text)
-        steps.update()
-
-    step("making the model and the video")
-    model = make_tiny_model(out / "model")
-    shown = "given" if video is None else str(video)
-    if video is None:
-        facts = render_video(out / "video.mp4")
-        video = facts.path
-        size = f"{facts.width}x{facts.height}, H.264, {facts.bytes / 1e6:.1f} MB"
-        shown = f"{facts.seconds:.0f} s, {facts.frames} frames of {size}"
-    trace = out / "trace"
-    shutil.rmtree(trace, ignore_errors=True)
-
-    settings = yaml.safe_load(default_config().with_name("demo.yaml").read_text(encoding="utf-8"))
-    settings["trace"] = {"dir": str(trace.resolve()), "tensors": [TRACED_LAYER]}
-    config = SparseConfig.from_mapping(settings)
-    with ExitStack() as stack:
-        step("starting two SGLang servers, dense (torch_native) and mm_sparse")
+        step("starting two SGLang servers: dense (torch_native) and mm_sparse")
+        settings = yaml.safe_load(default_config().with_name("demo.yaml").read_text(encoding="utf-8"))
+        trace = out / "trace"
+        shutil.rmtree(trace, ignore_errors=True)
+        settings["trace"] = {"dir": str(trace.resolve()), "tensors": [TRACED_LAYER]}
+        config = SparseConfig.from_mapping(settings)
+        sparse = ["--json-model-override-args", json.dumps({"mm_sparse": settings})]
         servers = {
-            name: _start(model, extra, out / f"{name}.log")
-            for name, extra in (
-                ("dense", ["--attention-backend", "torch_native"]),
-                ("mm_sparse", ["--json-model-override-args", _json({"mm_sparse": settings})]),
-            )
+            "dense": start(model, ["--attention-backend", "torch_native"], out / "dense.log", stack),
+            "mm_sparse": start(model, sparse, out / "mm_sparse.log", stack),
         }
-        for server in servers.values():
-            stack.enter_context(server)
         warm = render_video(out / "warm_up.mp4", seconds=4.0, width=224, height=168).path
         for server in servers.values():
+            server.wait()
             ask(server.url, [("video", warm), ("text", "warm up")], 4)
+
         step("time to first token, one server at a time")
-        timings, answers = {}, {}
-        for name, server in servers.items():
-            timings[name] = _time(server, video, question)
+        timed = {name: time_to_first_token(server, prompt) for name, server in servers.items()}
         step("answers")
-        for name, server in servers.items():
-            answers[name] = ask(server.url, [("video", video), ("text", question)], ANSWER_TOKENS).tokens
-    step("tables and picture")
-    chunks = prompt_chunks(read_trace(trace))
-    layout, plans, tensors = replay(trace, [line for line in chunks if line["layer"] == TRACED_LAYER], config)
-    picture = out / "skipped.png"
-    _draw(layout, plans, config, picture)
-    steps.close()
-    _print(shown, timings, answers, chunks, recalls(plans, tensors), layout, picture, video == out / "video.mp4")
+        answers = {name: or_value_error(server, prompt, ANSWER_TOKENS) for name, server in servers.items()}
+
+        step("tables and picture")
+        chunks = prompt_chunks(read_trace(trace))
+        layout, plans, tensors = replay(trace, [line for line in chunks if line["layer"] == TRACED_LAYER], config)
+        draw_layer(layout, plans, out / "skipped.png")
+        report |= {
+            "tokens": layout.counts(),
+            "frames": [[item.frames, item.rows, item.cols] for item in layout.items],
+            "prompt_tokens": answers["dense"].prompt_tokens,
+            "chunks": [[line["prefix"], line["queries"]] for line in chunks if line["layer"] == TRACED_LAYER],
+            "dense_layers": list(config.dense_layers),
+            "density": [asdict(row) for row in density_table(chunks)],
+            "time_to_first_token_s": timed,
+            "answers": {name: answer.tokens for name, answer in answers.items()},
+            "recall": {"layer": TRACED_LAYER, "patterns": [asdict(entry) for entry in recalls(plans, tensors)]},
+            "picture": str(out / "skipped.png"),
+        }
+        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print_tables(report)
     return 0
 
 
-def _json(value: object) -> str:
-    import json
+@contextmanager
+def steps(count: int) -> Iterator[Any]:
+    """A progress line: call what is yielded with the name of each step as it begins."""
+    with tqdm(total=count, bar_format="[{n_fmt}/{total_fmt}] {desc} ({elapsed})") as bar:
 
-    return json.dumps(value)
+        def step(name: str) -> None:
+            bar.set_description_str(name, refresh=False)
+            bar.update()
+            bar.refresh()
+
+        yield step
 
 
-def _start(model: Path, extra: Sequence[str], log: Path) -> Server:
+def start(model: Path, extra: Sequence[str], log: Path, stack: ExitStack) -> Server:
+    """A server that is starting; it ends with the stack."""
     command, environment = server_command(str(model), config=None, extra=[*FLAGS, *extra], cores=1)
-    return Server(command, environment, log)
+    server = Server(command, environment, log)
+    stack.callback(server.stop)
+    return server
 
 
-def _time(server: Server, video: Path, question: str) -> Timing:
-    seconds, prompt_tokens = [], 0
+def or_value_error(server: Server, prompt: Sequence[Part], tokens: int) -> Answer:
+    """`ask`; what the server refuses (HTTP 400) is the user's video, so it is a ValueError here."""
+    import openai
+
+    try:
+        return ask(server.url, prompt, tokens)
+    except openai.BadRequestError as error:
+        raise ValueError(f"the server refused the video: {error.body}") from error
+
+
+def time_to_first_token(server: Server, prompt: Sequence[Part]) -> dict[str, float]:
+    """Seconds: of the first request with this video, and the median of repeats that find nothing in the radix cache."""
+    seconds = []
     for _ in range(1 + REPEATS):
         server.flush_cache()
-        start = time.perf_counter()
-        prompt_tokens = ask(server.url, [("video", video), ("text", question)], 1).prompt_tokens
-        seconds.append(time.perf_counter() - start)
-    return Timing(first=seconds[0], repeat=statistics.median(seconds[1:]), prompt_tokens=prompt_tokens)
+        begin = time.perf_counter()
+        or_value_error(server, prompt, 1)
+        seconds.append(time.perf_counter() - begin)
+    return {"first": seconds[0], "repeat": statistics.median(seconds[1:])}
 
 
-def _draw(layout: TokenLayout, plans: Sequence[Any], config: SparseConfig, path: Path) -> None:
-    groups = plans[-1].groups
-    panels = [
-        Panel(
-            title=f"layer {TRACED_LAYER}, head {int(g.heads[0])}: {g.pattern.kind}",
-            head=int(g.heads[0]),
-            plans=tuple(plans),
-        )
-        for g in groups
-    ]
+def draw_layer(layout: TokenLayout, plans: Sequence[Plan], path: Path) -> None:
+    panels = []
+    for group in plans[-1].groups:
+        head = int(group.heads[0])
+        title = f"layer {TRACED_LAYER}, head {head}: {group.pattern.kind}"
+        panels.append(Panel(title=title, head=head, plans=tuple(plans)))
     counts = ", ".join(f"{n:,} {name}" for name, n in layout.counts().items() if n)
     draw(panels, layout, f"What mm_sparse computed of {layout.length:,} prompt tokens ({counts})", path)
-
-
-def _print(
-    shown: str,
-    timings: dict[str, Timing],
-    answers: dict[str, list[int]],
-    chunks: Sequence[dict[str, Any]],
-    recall: Sequence[Recall],
-    layout: TokenLayout,
-    picture: Path,
-    ours: bool,
-) -> None:
-    say: Callable[..., None] = print
-    video = next(item for item in layout.items if item.frames > 1)
-    first = [line for line in chunks if line["layer"] == TRACED_LAYER]
-    say(f"\nvideo      {shown}")
-    if ours:
-        say(f"           photographs: {', '.join(p.name for p in PHOTOGRAPHS)} (from scikit-image's wheel)")
-    say(f"frames     {video.frames} temporal frames of {video.rows} x {video.cols} tokens")
-    say("tokens     " + ", ".join(f"{n:,} {name}" for name, n in layout.counts().items()))
-    say(f"chunks     {len(first)} sparse: " + ", ".join(f"{c['queries']} at {c['prefix']}" for c in first))
-    say(f"\n{'layer':>5}  {'pattern':15} {'heads':>5} {'tiles':>9} {'of causal':>9} {'density':>8} {'partial':>8}")
-    for row in density_table(chunks):
-        say(
-            f"{row.layer:>5}  {row.pattern:15} {row.heads:>5} {row.tiles:>9,} {row.causal_tiles:>9,} "
-            f"{row.tiles / row.causal_tiles:>8.1%} {row.partial_tiles / row.tiles:>8.1%}"
-        )
-    say("    0  dense layer: left to the dense backend whole")
-    dense, sparse = timings["dense"], timings["mm_sparse"]
-    say(f"\n{'time to first token, s':32} {'dense':>8} {'mm_sparse':>10} {'ratio':>6}")
-    for name, a, b in (
-        ("first request with this video", dense.first, sparse.first),
-        (f"later ones, median of {REPEATS}", dense.repeat, sparse.repeat),
-    ):
-        say(f"{name:32} {a:>8.2f} {b:>10.2f} {a / b:>5.2f}x")
-    say("dense is SGLang's torch_native on this CPU, which computes the prefix's rows again in every chunk;")
-    say("absolute times and this ratio say nothing of a GPU.")
-    equal = sum(a == b for a, b in zip(answers["dense"], answers["mm_sparse"], strict=True))
-    say(f"\nagreement  {equal} of {ANSWER_TOKENS} greedy tokens equal dense (random weights: a flat, hard case)")
-    for entry in recall:
-        say(
-            f"           layer {TRACED_LAYER} {entry.pattern:15} attention recall {entry.recall:.3f}, "
-            f"output error {entry.error:.3f} (relative, against dense of the same q, k, v)"
-        )
-    say(f"\npicture    {picture}")
