@@ -42,8 +42,8 @@ def make_plan(
         raise ValueError(f"layout of {layout.length} positions: needs {keys}, one a key")
     if len(patterns) != heads:
         raise ValueError(f"{len(patterns)} patterns: needs {heads}, one a query head")
-    if q.device != k.device:
-        raise ValueError(f"q on {q.device}, k on {k.device}: needs one device")
+    if len({q.device, k.device, layout.coordinates.device}) > 1:
+        raise ValueError(f"q on {q.device}, k on {k.device}, layout on {layout.coordinates.device}: needs one device")
 
     groups = []
     for pattern in dict.fromkeys(patterns):  # heads of equal recipes form a group, in order of first use

@@ -12,7 +12,9 @@ from mm_sglang import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="mm-sglang", description="Sparse prefill for long video in SGLang.")
+    parser = argparse.ArgumentParser(
+        prog="mm-sglang", description="Sparse prefill for long video in SGLang.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"mm-sglang {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,check}")
 
@@ -25,15 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     serve = commands.add_parser(
         "serve",
+        allow_abbrev=False,
         help="SGLang's own server with mm_sparse switched on",
         description="Runs `sglang serve MODEL` with the flags that mm_sparse needs here, and prints that command. "
         "Every further option goes to SGLang as it is and wins over the defaults.",
     )
     serve.add_argument("model", metavar="MODEL", help="folder or Hugging Face name")
-    serve.add_argument("--config", help="YAML file of head patterns (default: the one in the package)")
+    serve.add_argument(  # not --config: that one is SGLang's own
+        "--sparse-config", metavar="FILE", help="YAML file of head patterns (default: the one in the package)"
+    )
 
     commands.add_parser("check", help="what this machine can run, and why not the rest")
 
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) > 1 and argv[0] == "serve" and argv[1].startswith("-") and argv[1] not in ("-h", "--help"):
+        serve.error("MODEL comes first, then options")  # or the value of an option of SGLang's would pass for it
     options, rest = parser.parse_known_args(argv)
     if rest and options.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "serve":
             from mm_sglang.serve import run_server
 
-            return run_server(options.model, config=options.config, extra=rest)
+            return run_server(options.model, config=options.sparse_config, extra=rest)
         from mm_sglang.check import print_check
 
         return print_check()

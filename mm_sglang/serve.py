@@ -19,11 +19,12 @@ from mm_sglang.plugin import BACKEND
 
 OVERRIDES = "--json-model-override-args"
 # What a plain CPU needs; a flag the user gives wins. The pool and the request slots are sized for a workstation.
-CPU_FLAGS = {
+CPU_FLAGS: dict[str, str | None] = {
     "--device": "cpu",
     "--mm-attention-backend": "sdpa",
     "--mem-fraction-static": "0.2",
     "--max-running-requests": "16",
+    "--sleep-on-idle": None,  # an idle scheduler polls at full speed otherwise
 }
 
 
@@ -51,7 +52,7 @@ def server_command(
     extra, overrides = _without_overrides(extra)
     if config is not None:
         if "mm_sparse" in overrides:
-            raise ValueError(f"--config and an mm_sparse section in {OVERRIDES}: needs one of them")
+            raise ValueError(f"--sparse-config and an mm_sparse section in {OVERRIDES}: needs one of them")
         overrides["mm_sparse"] = str(Path(config).resolve())
     settings = SparseConfig.from_settings(overrides.get("mm_sparse"))
     check_model_folder(model, settings)
@@ -61,7 +62,7 @@ def server_command(
     if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
     flags = {"--attention-backend": BACKEND, **CPU_FLAGS}
-    added = [part for flag, value in flags.items() if _flag(extra, flag) is None for part in (flag, value)]
+    added = [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
     if overrides:
         added += [OVERRIDES, json.dumps(overrides)]
     return [sglang_script(), "serve", model, *added, *extra], environment

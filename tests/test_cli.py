@@ -86,7 +86,11 @@ def test_tensor_parallel_ranks_get_their_own_cores(tmp_path: Path, monkeypatch: 
             ],
             "head 8: the model has query heads 0..7",
         ),
-        (None, ["--config", "x.yaml", "--json-model-override-args", '{"mm_sparse": "y.yaml"}'], "needs one of them"),
+        (
+            None,
+            ["--sparse-config", "x.yaml", "--json-model-override-args", '{"mm_sparse": "y.yaml"}'],
+            "needs one of them",
+        ),
         (None, ["--tp", "many"], "--tp many: needs a whole number"),
     ],
 )
@@ -109,6 +113,12 @@ def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stopped:
         main(["check", "--fast"])
     assert stopped.value.code == 2 and "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+def test_the_model_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--port", "1", "model"])
+    assert stopped.value.code == 2 and "MODEL comes first" in capsys.readouterr().err
 
 
 def test_check_names_engines_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:

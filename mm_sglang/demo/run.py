@@ -34,7 +34,6 @@ ANSWER_TOKENS = 16
 FLAGS = (
     "--dtype", "float32", "--chunked-prefill-size", "2048",
     "--max-total-tokens", "65536", "--max-running-requests", "4",
-    "--sleep-on-idle",  # an idle scheduler polls at full speed otherwise, on a core the other server needs
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import Assets
+from assets import Assets
 
 from mm_sglang.demo.client import ask
 from mm_sglang.demo.server import Server

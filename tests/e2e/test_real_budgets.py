@@ -12,7 +12,7 @@ from typing import Any
 import brute_force
 import pytest
 import torch
-from conftest import Assets
+from assets import Assets
 from hf_reference import HuggingFace
 
 from mm_sglang.demo.client import ask

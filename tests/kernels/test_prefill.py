@@ -78,13 +78,17 @@ def expected(plan_recipes: list[dict[str, Any]], q: torch.Tensor, k: torch.Tenso
     return out
 
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@DEVICES
 @pytest.mark.parametrize("prefix, queries", SHAPES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_attended_set_is_the_brute_force_mask(name: str, prefix: int, queries: int) -> None:
+def test_attended_set_is_the_brute_force_mask(name: str, prefix: int, queries: int, device: str) -> None:
     recipe = RECIPES[name]
     q, k, _ = tensors(prefix, queries, heads=6, kv_heads=2, seed=prefix + queries)
-    layout = TokenLayout(items=ITEMS, length=prefix + queries)
-    plan = make_plan(q, k, layout=layout, patterns=[head_pattern(recipe)] * 6, scale=SCALE)
+    layout = TokenLayout(items=ITEMS, length=prefix + queries, device=device)
+    plan = make_plan(q.to(device), k.to(device), layout=layout, patterns=[head_pattern(recipe)] * 6, scale=SCALE)
     plan.check()
     for head, sets in enumerate(expected([recipe] * 6, q, k, prefix)):
         attended = plan.attended(head).numpy()
@@ -92,16 +96,21 @@ def test_attended_set_is_the_brute_force_mask(name: str, prefix: int, queries: i
         assert not (brute_force.token_set(queries, prefix, *sets) & ~attended).any()
 
 
+@DEVICES
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (7, 1), (16, 2)])
 @pytest.mark.parametrize("prefix, queries", [(0, 611), (256, 355), (300, 7)])
-def test_engine_is_the_softmax_over_the_attended_set(heads: int, kv_heads: int, prefix: int, queries: int) -> None:
+def test_engine_is_the_softmax_over_the_attended_set(
+    heads: int, kv_heads: int, prefix: int, queries: int, device: str
+) -> None:
     recipes = [list(RECIPES.values())[h % len(RECIPES)] for h in range(heads)]  # all patterns in one plan
     q, k, v = tensors(prefix, queries, heads, kv_heads, seed=heads)
+    layout = TokenLayout(items=ITEMS, length=len(k), device=device)
     out, lse, plan = sparse_prefill(
-        q, k, v, layout=TokenLayout(items=ITEMS, length=len(k)), patterns=[head_pattern(r) for r in recipes],
-        scale=SCALE, engine=REFERENCE,
+        q.to(device), k.to(device), v.to(device),
+        layout=layout, patterns=[head_pattern(r) for r in recipes], scale=SCALE, engine=REFERENCE,
     )  # fmt: skip
     plan.check()
+    out, lse = out.cpu(), lse.cpu()
     for head, sets in enumerate(expected(recipes, q, k, prefix)):
         mask = torch.from_numpy(brute_force.tiled(queries, prefix, *sets))
         logits = (q[:, head].double() @ k[:, head // (heads // kv_heads)].double().T) * SCALE
@@ -193,6 +202,7 @@ def test_plan_check_refuses(damage: Any, message: str) -> None:
         ({"layout": TokenLayout(items=(), length=7)}, "layout of 7 positions: needs 8"),
         ({"patterns": [Dense()] * 3}, "3 patterns: needs 4"),
         ({"v": torch.zeros(7, 2, HEAD_DIM)}, "needs k's shape"),
+        ({"layout": TokenLayout(items=(), length=8, device="meta")}, "layout on meta: needs one device"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,38 @@
+"""Real models and media for the servers of tests/e2e."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_sglang.demo.client import Part
+from mm_sglang.demo.tiny_model import ARCHITECTURES, make_tiny_model
+from mm_sglang.demo.video import render_video, scene_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assets:
+    models: dict[str, Path]  # by architecture
+    prompts: dict[str, list[Part]]
+    folder: Path
+
+
+def make_assets(folder: Path) -> Assets:
+    from PIL import Image
+
+    models = {name: make_tiny_model(folder / name, architecture=name) for name in ARCHITECTURES}
+    wide = render_video(folder / "wide.mp4", seconds=4.0, width=224, height=168, seed=1).path
+    tall = render_video(folder / "tall.mp4", seconds=3.0, width=168, height=224, seed=2).path
+    image = folder / "image.png"
+    Image.fromarray(next(scene_frames(1, 1, 224, 168, seed=3))).save(image)
+    question: Part = ("text", "what is in the video?")
+    prompts: dict[str, list[Part]] = {
+        "text": [("text", "the quick brown fox jumps over the lazy dog. " * 8)],
+        "image": [("image", image), ("text", "what is it")],
+        "video": [("video", wide), question],
+        "mixed": [
+            ("text", "first "), ("video", wide), ("text", " then "), ("image", image),
+            ("text", " and last "), ("video", tall), question,
+        ],
+    }  # fmt: skip
+    return Assets(models=models, prompts=prompts, folder=folder)
