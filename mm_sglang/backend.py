@@ -101,9 +101,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 rid = forward_batch.rids[request] if forward_batch.rids else str(request)
                 self.chunks.append(SparseChunk(request=request, rid=rid, start=start, end=end, layout=layout))
             else:
-                if layout not in self._said:
-                    self._said.add(layout)
-                    log.info("mm_sparse: dense prefill: %s (said once)", layout)
+                self._say_once(*layout)
                 rest.append(request)
                 rest_rows.append(torch.arange(start, end))
             start = end
@@ -111,17 +109,24 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             self.dense_rows = torch.cat(rest_rows)
             self.dense_batch = part_of_batch(forward_batch, torch.tensor(rest), self.dense_rows)
 
-    def _layout_or_reason(self, batch: ForwardBatch, request: int, length: int, keys: int) -> TokenLayout | str:
-        """The chunk's layout, or why it is left to the dense backend."""
+    def _say_once(self, reason: str, detail: str = "") -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            log.info("mm_sparse: dense prefill of some chunks, said once: %s%s", reason, detail)
+
+    def _layout_or_reason(
+        self, batch: ForwardBatch, request: int, length: int, keys: int
+    ) -> TokenLayout | tuple[str, ...]:
+        """The chunk's layout, or why it is left to the dense backend: a fixed reason, and a detail of this one."""
         if length == 1:  # MIXED batches carry decode steps as chunks of one; one row has no tiles to save
-            return "a chunk of one token (decode in a mixed batch)"
+            return ("a chunk of one token (decode in a mixed batch)",)
         if keys < self.config.min_tokens:
-            return f"fewer keys than min_tokens={self.config.min_tokens}"
+            return (f"fewer keys than min_tokens={self.config.min_tokens}",)
         inputs = batch.mm_inputs[request] if batch.mm_inputs else None
         try:
             return layout_from_sglang(inputs, keys, self.merge)
         except ValueError as error:  # one odd request must not stop the server
-            return f"no token layout: {error}"
+            return ("no token layout: ", str(error))
 
     def forward_extend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch,

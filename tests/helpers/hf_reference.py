@@ -50,7 +50,7 @@ class HuggingFace:
         )
 
     def greedy(self, parts: Sequence[Part], tokens: int) -> list[int]:
-        inputs = self.inputs(parts)
+        inputs = self.inputs(parts).to(self.model.device)
         with torch.no_grad():
             out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         ids: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()

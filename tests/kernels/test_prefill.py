@@ -96,6 +96,25 @@ def test_attended_set_is_the_brute_force_mask(name: str, prefix: int, queries: i
         assert not (brute_force.token_set(queries, prefix, *sets) & ~attended).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_no_more_than_pytorch_does(dtype: torch.dtype) -> None:
+    recipes = list(RECIPES.values())
+    q, k, v = (x.to(dtype) for x in tensors(256, 355, heads=len(recipes), kv_heads=2, seed=9))
+    out, _, plan = sparse_prefill(
+        q, k, v, layout=TokenLayout(items=ITEMS, length=611), patterns=[head_pattern(r) for r in recipes],
+        scale=SCALE, engine=REFERENCE,
+    )  # fmt: skip
+    assert out.dtype == dtype
+    for head in range(len(recipes)):
+        kv, mask = head // (len(recipes) // 2), plan.attended(head)
+        weights = (q[:, head].double() @ k[:, kv].double().T * SCALE).masked_fill(~mask, float("-inf")).softmax(-1)
+        want = weights @ v[:, kv].double()
+        torchs = torch.nn.functional.scaled_dot_product_attention(
+            q[None, :, head], k[None, :, kv], v[None, :, kv], attn_mask=mask, scale=SCALE
+        )[0]
+        assert relative_error(out[:, head], want) <= 2 * relative_error(torchs, want)
+
+
 @DEVICES
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (7, 1), (16, 2)])
 @pytest.mark.parametrize("prefix, queries", [(0, 611), (256, 355), (300, 7)])
