@@ -48,29 +48,39 @@ def make_tiny_model(
         max_positions: context length in tokens.
 
     Raises:
-        ValueError: unknown architecture, or heads that don't fit each other.
+        ValueError: unknown architecture, sizes that don't fit each other, or a folder with something else in it.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r}: needs one of {ARCHITECTURES}")
+    shape = dict(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_positions=max_positions)
+    for name, value in shape.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: needs at least 1")
     if heads % kv_heads or head_dim % 8:
         raise ValueError(
             f"heads={heads}, kv_heads={kv_heads}, head_dim={head_dim}: needs a multiple of kv_heads and of 8"
         )
-    shape = dict(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_positions=max_positions)
-    stamp = {"architecture": architecture, "seed": seed, "version": 1, **shape}
-    if (folder / STAMP).is_file() and json.loads((folder / STAMP).read_text()) == stamp:
-        return folder
+    stamp = json.dumps({"architecture": architecture, "seed": seed, "version": 2, **shape})
+    if (folder / STAMP).is_file():
+        if (folder / STAMP).read_text() == stamp:
+            return folder
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder={folder}: holds something that was not made here; needs a new or an empty folder")
     fresh = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    tokenizer = _tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    _weights(architecture, ids, seed, shape).save_pretrained(fresh)
-    _processor(architecture, tokenizer).save_pretrained(fresh)
-    (fresh / STAMP).write_text(json.dumps(stamp))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    try:
+        fresh.mkdir(parents=True)
+        tokenizer = _tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+        _weights(architecture, ids, seed, shape).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        _save_processor(architecture, fresh)
+        (fresh / STAMP).write_text(stamp)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
@@ -104,7 +114,8 @@ def _weights(architecture: str, ids: dict[str, int], seed: int, shape: dict[str,
     )
 
     half = shape["head_dim"] // 2
-    section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # the real 16, 24, 24 of 64, scaled
+    side = half * (3 if architecture == "qwen2_5_vl" else 2.5) // 8  # the real 16, 24, 24 and 24, 20, 20 of 64, scaled
+    section = [half - 2 * int(side), int(side), int(side)]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
     hidden = shape["heads"] * shape["head_dim"]
     text = dict(
@@ -142,27 +153,27 @@ def _weights(architecture: str, ids: dict[str, int], seed: int, shape: dict[str,
     return model.to(torch.float32)
 
 
-def _processor(architecture: str, tokenizer: Any) -> Any:
+def _save_processor(architecture: str, folder: Path) -> None:
+    """The files that the real repositories hold; transformers' own processor.save_pretrained writes one of its v5."""
     from transformers import (
         AutoImageProcessor,  # noqa: F401  (loads the lazily registered image processors)
-        Qwen2_5_VLProcessor,
         Qwen2VLImageProcessor,
         Qwen2VLVideoProcessor,
-        Qwen3VLProcessor,
         Qwen3VLVideoProcessor,
     )
 
     if architecture == "qwen2_5_vl":
         size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16384 * 28 * 28}
-        parts = (Qwen2VLImageProcessor(patch_size=14, size=size), Qwen2VLVideoProcessor(patch_size=14, size=size))
-        kind: Any = Qwen2_5_VLProcessor
+        image: Any = Qwen2VLImageProcessor(patch_size=14, size=size)
+        video: Any = Qwen2VLVideoProcessor(patch_size=14, size=size)
+        name = "Qwen2_5_VLProcessor"
     else:
         norm = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
         size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 16384 * 32 * 32}
-        parts = (
-            Qwen2VLImageProcessor(patch_size=16, size=size, **norm),
-            Qwen3VLVideoProcessor(patch_size=16, size=size, **norm),
-        )
-        kind = Qwen3VLProcessor
-    image, video = parts
-    return kind(image_processor=image, tokenizer=tokenizer, video_processor=video, chat_template=CHAT_TEMPLATE)
+        image = Qwen2VLImageProcessor(patch_size=16, size=size, **norm)
+        video = Qwen3VLVideoProcessor(patch_size=16, size=size, **norm)
+        name = "Qwen3VLProcessor"
+    for part, file in ((image, "preprocessor_config.json"), (video, "video_preprocessor_config.json")):
+        settings = json.loads(part.to_json_string()) | {"processor_class": name}
+        (folder / file).write_text(json.dumps(settings, indent=2))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
