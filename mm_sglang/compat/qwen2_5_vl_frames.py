@@ -1,8 +1,8 @@
 """Qwen2.5-VL's vision tower attends frame by frame, as it was trained and as transformers runs it.
 
 Why: in its full-attention blocks SGLang makes one segment of t * h * w patches of a whole video, so that every frame
-    sees every other one. That is another function than the model's (greedy answers to an mp4 differ from transformers'
-    from the second token on in tests/e2e), and its cost grows with the square of the video's length.
+    sees every other one. That is another function than the model's (greedy answers to an mp4 differ from transformers',
+    log probabilities by 0.1 to 0.3), and its cost grows with the square of the video's length.
 How: AROUND `Qwen2_5_VisionTransformer.forward`: the grid row (t, h, w) is handed on as t rows (1, h, w). Windows,
     rotary positions and the order of patches are per frame already, so only the full-attention segments change.
     Installed for every backend, the dense ones too, so that a comparison compares attention and nothing else;

@@ -32,7 +32,7 @@ PHOTOGRAPHS = (
     Photograph("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0"),
     Photograph("hubble_deep_field.jpg", "Hubble eXtreme Deep Field", "NASA", "public domain"),
 )
-# Without mbtree=0 x264's lookahead reads memory nobody wrote, and no two files of the same frames are equal.
+# Without mbtree=0 x264's output depends on what malloc's memory held before: files of the same frames differ.
 X264 = {"crf": "23", "preset": "veryfast", "x264-params": "mbtree=0"}
 SCENE_S = 8.0  # a photograph is shown this long
 FADE_S = 1.0  # and fades into the next one this long

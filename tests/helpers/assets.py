@@ -29,7 +29,7 @@ def make_assets(folder: Path) -> Assets:
     prompts: dict[str, list[Part]] = {
         "text": [("text", "the quick brown fox jumps over the lazy dog. " * 8)],
         "image": [("image", image), ("text", "what is it")],
-        "video": [("video", wide), question],
+        "video": [("video", tall), question],  # differs at the second token where frames attend to each other
         "mixed": [
             ("text", "first "), ("video", wide), ("text", " then "), ("image", image),
             ("text", " and last "), ("video", tall), question,
