@@ -15,7 +15,6 @@ class Answer:
     """Token ids of the answer, and how many prompt tokens there were, the ones found in the radix cache among them."""
 
     tokens: list[int]
-    text: str
     prompt_tokens: int
     cached_tokens: int
 
@@ -43,7 +42,6 @@ def ask(url: str, parts: Sequence[Part], tokens: int) -> Answer:
     details = answer["usage"].get("prompt_tokens_details") or {}
     return Answer(
         tokens=answer["choices"][0]["response_token_ids"],
-        text=answer["choices"][0]["message"]["content"] or "",
         prompt_tokens=answer["usage"]["prompt_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
     )

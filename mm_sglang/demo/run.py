@@ -128,7 +128,8 @@ def or_value_error(server: Server, prompt: Sequence[Part], tokens: int) -> Answe
     try:
         return ask(server.url, prompt, tokens)
     except openai.BadRequestError as error:
-        raise ValueError(f"the server refused the video: {error.body}") from error
+        said = error.body.get("message") if isinstance(error.body, dict) else error
+        raise ValueError(f"the server refused the video: {said}") from error
 
 
 def time_to_first_token(server: Server, prompt: Sequence[Part]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-Part = tuple[str, str | Path]  # ("text", words), ("image", path) or ("video", path)
+from mm_sglang.demo.client import Part
 
 
 class HuggingFace:
