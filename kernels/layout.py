@@ -76,11 +76,11 @@ class TokenLayout:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        ends = [0]
+        end = 0
         for item in self.items:
-            if item.spans[0][0] < ends[-1]:
+            if item.spans[0][0] < end:
                 raise ValueError(f"items overlap or are not in prompt order at position {item.spans[0][0]}")
-            ends.append(item.spans[-1][1])
+            end = item.spans[-1][1]
         if self.length < 0:
             raise ValueError(f"length={self.length}: needs 0 or more positions")
 

@@ -57,9 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mm_sglang.check import print_check
 
         return print_check()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # bad input, or a server that did not start
         print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # a server that did not start
-        print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1

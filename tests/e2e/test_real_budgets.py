@@ -97,16 +97,12 @@ def check_chunk(line: dict[str, Any], saved: dict[str, torch.Tensor], layout: To
     q, k, v, out = (saved[name].double() for name in ("q", "k", "v", "out"))
     scale, share = q.shape[2] ** -0.5, q.shape[1] // k.shape[1]
     assert out.isfinite().all() and len(k) == keys
-    what = [
-        (int(item), int(y) * (layout.items[item].cols if item >= 0 else 0) + int(x), int(x), 0)
-        for item, y, x in layout.coordinates[[1, 3, 4], :keys].T.tolist()
-    ]
-    weights = [brute_force.attention(q[:, h].numpy(), k[:, h // share].numpy(), prefix, scale) for h in HEADS]
-    for head, recipe in HEADS.items():
-        friends = [h for h in HEADS if h // share == head // share and HEADS[h] == recipe]
-        probes = [weights[h][-recipe.get("last_q", 1) :] for h in friends]
-        sets = brute_force.kept(recipe, probes, friends.index(head), prefix, what)
-        mask = torch.from_numpy(brute_force.tiled(line["queries"], prefix, *sets))
+    sets = brute_force.kept_by_head(
+        list(HEADS.values()), q.numpy(), k.numpy(), prefix, scale,
+        layout.coordinates[[1, 3, 4], :keys].T.tolist(), [item.cols for item in layout.items],
+    )  # fmt: skip
+    for head in HEADS:
+        mask = torch.from_numpy(brute_force.tiled(line["queries"], prefix, *sets[head]))
         logits = (q[:, head] @ k[:, head // share].T * scale).masked_fill(~mask, float("-inf"))
         want = logits.softmax(-1) @ v[:, head // share]
         torchs = torch.nn.functional.scaled_dot_product_attention(

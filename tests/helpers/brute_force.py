@@ -59,7 +59,7 @@ def token_set(queries: int, prefix: int, rows: set[int], columns: set[int], diag
 
 
 def kept(
-    recipe: dict[str, Any], weights: list[Floats], own: int, prefix: int, what: list[tuple[int, int, int, int]]
+    recipe: dict[str, Any], weights: list[Floats], own: int, prefix: int, what: list[tuple[int, int, int]]
 ) -> tuple[set[int], set[int], set[int]]:
     """(rows, columns, diagonals) of one head.
 
@@ -67,7 +67,7 @@ def kept(
         recipe: as in YAML.
         weights: attention of the probe queries [L, Nk], one array for each head that shares this head's KV head.
         own: this head's place in that list.
-        what: (item or -1, index of the token in its frame, column x, frames of the item) of each position.
+        what: (item or -1, index of the token in its frame, column x) of each position.
     """
     keys = len(what)
     everything = set(range(keys))
@@ -89,7 +89,7 @@ def kept(
     assert recipe["pattern"] == "grid"
     lines: dict[tuple[int, int], float] = {}
     name = {}
-    for j, (item, place, x, _) in enumerate(what):
+    for j, (item, place, x) in enumerate(what):
         if item >= 0:
             name[j] = (item, place if recipe["stride"] == "frame" else x)
             lines[name[j]] = lines.get(name[j], 0.0) + float(column[j])
@@ -102,3 +102,31 @@ def kept(
     columns = sink | text | (on_line if recipe["vertical"] else set())
     rows = {i for i in text | (on_line if recipe["horizontal"] else set()) if i >= prefix}
     return rows, columns, near
+
+
+def kept_by_head(
+    recipes: list[dict[str, Any]],
+    q: Floats,
+    k: Floats,
+    prefix: int,
+    scale: float,
+    coordinates: list[list[int]],
+    cols: list[int],
+) -> list[tuple[set[int], set[int], set[int]]]:
+    """`kept` of every query head; heads share an estimate if they share a KV head and a recipe.
+
+    Args:
+        recipes: one a query head.
+        q: [Nq, H, D]; k: [Nk, Hkv, D].
+        coordinates: (item or -1, row y, column x) of each position.
+        cols: columns of each item's grid.
+    """
+    what = [(item, y * cols[item] + x if item >= 0 else -1, x) for item, y, x in coordinates]
+    group = q.shape[1] // k.shape[1]
+    weights = [attention(q[:, h], k[:, h // group], prefix, scale) for h in range(len(recipes))]
+    out = []
+    for head, recipe in enumerate(recipes):
+        friends = [h for h in range(len(recipes)) if h // group == head // group and recipes[h] == recipe]
+        probes = [weights[h][-recipe.get("last_q", 1) :] for h in friends]
+        out.append(kept(recipe, probes, friends.index(head), prefix, what))
+    return out

@@ -57,25 +57,11 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def expected(plan_recipes: list[dict[str, Any]], q: torch.Tensor, k: torch.Tensor, prefix: int) -> list[Any]:
-    """Brute-force mask of each head; heads share an estimate if they share a KV head and a recipe."""
-    layout = TokenLayout(items=ITEMS, length=len(k))
-    what = [
-        (int(i), int(y) * (ITEMS[i].cols if i >= 0 else 0) + int(x), int(x), 0)
-        for i, y, x in zip(layout.item.tolist(), layout.y.tolist(), layout.x.tolist(), strict=True)
-    ]
-    heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    weights = [
-        brute_force.attention(q[:, h].double().numpy(), k[:, h // group].double().numpy(), prefix, SCALE)
-        for h in range(heads)
-    ]
-    out = []
-    for head, recipe in enumerate(plan_recipes):
-        friends = [h for h in range(heads) if h // group == head // group and plan_recipes[h] == recipe]
-        last = recipe.get("last_q", 1)
-        probes = [weights[h][-last:] for h in friends]
-        out.append(brute_force.kept(recipe, probes, friends.index(head), prefix, what))
-    return out
+def expected(recipes: list[dict[str, Any]], q: torch.Tensor, k: torch.Tensor, prefix: int) -> list[Any]:
+    """Brute-force kept sets of each head."""
+    coordinates = TokenLayout(items=ITEMS, length=len(k)).coordinates[[1, 3, 4]].T.tolist()
+    cols = [item.cols for item in ITEMS]
+    return brute_force.kept_by_head(recipes, q.double().numpy(), k.double().numpy(), prefix, SCALE, coordinates, cols)
 
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
