@@ -9,11 +9,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 MODALITIES = ("text", "image", "video")
+
+
+def upload(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on `device`, copied without making the host wait."""
+    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,7 @@ class TokenLayout:
             out[2, at] = (index // item.frame_tokens).int()
             out[3, at] = (index // item.cols % item.rows).int()
             out[4, at] = (index % item.cols).int()
-        return out.to(self.device)
+        return upload(out, self.device)
 
     def until(self, length: int) -> TokenLayout:
         """The layout of positions [0, length), shorter or longer than this one, without computing anything again."""
@@ -110,6 +116,11 @@ class TokenLayout:
             coordinates = torch.cat([coordinates, text], 1)
         part.__dict__["coordinates"] = coordinates  # where cached_property would keep it
         return part
+
+    @cached_property
+    def cache(self) -> dict[Any, Any]:
+        """What kernels/classes.py derives from this layout, kept so that every layer of a chunk shares it."""
+        return {}
 
     @property
     def modality(self) -> torch.Tensor:

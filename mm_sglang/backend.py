@@ -146,16 +146,21 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         heads = (layer.tp_q_head_num, layer.head_dim)
         for chunk in self.chunks:
             index = forward_batch.req_pool_indices[chunk.request]
-            slots = self.req_to_token_pool.req_to_token[index, : chunk.layout.length].long()
+            slots = self.req_to_token_pool.req_to_token[index, : chunk.layout.length].int()
             chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
-            keys, values = key_pool[slots], value_pool[slots]
             attended, _, plan = sparse_prefill(
-                chunk_q, keys, values,
+                chunk_q, key_pool, value_pool, slots=slots,
                 layout=chunk.layout, patterns=recipes, scale=layer.scaling, engine=self.engine,
             )  # fmt: skip
             out[chunk.start : chunk.end] = attended.flatten(1)
             if self.tracer:
-                self.tracer.record(chunk.rid, layer.layer_id, chunk.layout, plan, (chunk_q, keys, values, attended))
+                self.tracer.record(
+                    chunk.rid,
+                    layer.layer_id,
+                    chunk.layout,
+                    plan,
+                    (chunk_q, *(x[slots] for x in (key_pool, value_pool)), attended),
+                )
         return out
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:

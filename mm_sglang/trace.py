@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mm_sglang.config import Trace
+from mm_sglang.kernels.inspection import by_pattern
 from mm_sglang.kernels.layout import TokenLayout, VisionItem
 from mm_sglang.kernels.plan import Plan
 
@@ -30,13 +31,13 @@ class Tracer:
         """`tensors`: q, k, v and output of the chunk, as the engine saw them."""
         groups = [
             {
-                "pattern": g.pattern.to_dict(),
-                "heads": [self.first_head + h for h in g.heads.tolist()],
-                "tiles": g.tiles,
-                "partial_tiles": int(g.partial_count.sum()),
-                "causal_tiles": plan.causal_tiles * len(g.heads),
+                "pattern": pattern.to_dict(),
+                "heads": [self.first_head + h for h in heads],
+                "tiles": tiles,
+                "partial_tiles": partial,
+                "causal_tiles": plan.causal_tiles * len(heads),
             }
-            for g in plan.groups
+            for pattern, heads, tiles, partial in by_pattern(plan)
         ]
         line: dict[str, Any] = {"rid": rid, "layer": layer, "prefix": plan.prefix, "queries": plan.queries}
         line |= {"tokens": layout.counts(), "groups": groups}

@@ -11,6 +11,7 @@ from mm_sglang.config import SparseConfig
 from mm_sglang.demo.picture import Panel, attended_pixels, draw, tile_rows
 from mm_sglang.demo.report import density_table, prompt_chunks, recalls, replay
 from mm_sglang.kernels.engines import engine
+from mm_sglang.kernels.inspection import attended
 from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.trace import Tracer, read_trace
@@ -66,10 +67,11 @@ def test_a_trace_can_be_replayed_measured_and_drawn(tmp_path: Path) -> None:
     assert 0 < grid.recall <= 1
 
     panel = Panel(title="grid", head=1, plans=tuple(plans))
-    pixels, attended = attended_pixels(panel, 700), [plan.attended(1) for plan in plans]
+    pixels, seen = attended_pixels(panel, 700), [attended(plan, 1) for plan in plans]
     assert float(pixels[0, 0]) == 1.0 and float(pixels[0, -1]) == -1.0
-    assert tile_rows(panel).shape == (3 + 4, 6)
-    share = sum(float(a.sum()) for a in attended) / (700 * 701 / 2)
+    whole = sum(group.query_tiles for plan in plans for group in plan.groups[2:])  # rows computed with every key
+    assert whole == 1 + 3 and tile_rows(panel).shape == (3 + 4 + whole, 7)
+    share = sum(float(a.sum()) for a in seen) / (700 * 701 / 2)
     assert abs(float(pixels[pixels >= 0].mean()) - share) < 0.05
     draw([panel], layout, "title", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -1,53 +1,57 @@
-"""The reference engine: runs a Plan in torch, fp32 inside, on any device.
-
-Legend: Nq queries, Nk keys, H query heads, Hkv KV heads, D head dimension, T tile size, W tiles listed.
-"""
+"""The reference engine: runs a group's tiles in torch, fp32 inside, on any device."""
 
 from __future__ import annotations
 
 import torch
 
-from mm_sglang.kernels.permute.reference import PAD, TILE
-from mm_sglang.kernels.plan import Plan
+from mm_sglang.kernels.plan import PAD, TILE, HeadGroup
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over exactly the keys the plan lists, per query and head.
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor | None,
+    group: HeadGroup,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Softmax over exactly the keys that the group's tiles hold, per query and head, written into out and lse.
 
     Args:
         q: [Nq, H, D] the chunk's queries in prompt order.
-        k, v: [Nk, Hkv, D], positions [0, Nk).
-        plan: for these shapes.
+        k, v: [P, Hkv, D]; a key's row is its position, or slots[position] (int32) in a paged pool.
         scale: of the logits.
-
-    Returns:
-        out [Nq, H, D] in q's dtype and lse [Nq, H] fp32, natural logarithm. A query with no visible key gets out = 0
-        and lse = -inf.
+        out: [Nq, H, D]; lse: fp32 [H, Nq], natural logarithm. A query with no visible key gets 0 and -inf.
     """
-    out = torch.full_like(q, float("nan"), dtype=torch.float32)
-    lse = torch.full(q.shape[:2], float("nan"), device=q.device)
-    for group in plan.groups:
-        for index, (head, row) in enumerate(zip(group.heads.tolist(), group.row.tolist(), strict=True)):
-            kv = int(group.kv_head[row])
-            k_pos = group.k_order[row]
-            at = torch.where(k_pos == PAD, 0, k_pos).long()
-            keys = k[:, kv].float()[at].view(-1, TILE, k.shape[2])  # [Mk, T, D] permuted
-            values = v[:, kv].float()[at].view(-1, TILE, v.shape[2])
-            k_pos = k_pos.view(-1, TILE)
-            for m, q_pos in enumerate(group.q_order[row].view(-1, TILE)):
-                q_pos = q_pos[q_pos != PAD]
-                rows = q_pos.long() - plan.prefix
-                full = group.full_index[index, m, : group.full_count[index, m]].long()
-                partial = group.partial_index[index, m, : group.partial_count[index, m]].long()
-                tiles = torch.cat([full, partial])
-                logits = (q[rows, head].float() * scale) @ keys[tiles].flatten(0, 1).T  # [T, W * T]
-                hidden = k_pos[partial].flatten()[None, :] > q_pos[:, None]  # only partial tiles test positions
-                logits[:, len(full) * TILE :].masked_fill_(hidden, float("-inf"))
-                top = logits.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min) if len(tiles) else 0.0
-                weight = (logits - top).exp_()
-                total = weight.sum(1, keepdim=True)
-                out[rows, head] = (weight @ values[tiles].flatten(0, 1)) / total.clamp(min=1e-38)
-                lse[rows, head] = (total.log() + top)[:, 0]
-    return out.to(q.dtype), lse
+    g = len(group.heads[0])
+    q_pos, k_pos = group.q_positions(), group.k_positions()
+    for first, last in group.slices():
+        lists = group.lists(first, last)
+        for r, kv in enumerate(group.kv_head):
+            at = torch.where(k_pos[r] == PAD, 0, k_pos[r]).long()
+            at = at if slots is None else slots[at].long()
+            keys = k[at, kv].float().view(-1, TILE, k.shape[2])
+            values = v[at, kv].float().view(-1, TILE, v.shape[2])
+            position = k_pos[r].view(-1, TILE)
+            for i, head in enumerate(group.heads[r]):
+                for m in range(last - first) if head >= 0 else ():
+                    rows = q_pos[r, (first + m) * TILE : (first + m + 1) * TILE]
+                    rows = rows[rows != PAD]
+                    index = r * g + i, m
+                    full = lists.full_index[index][: lists.full_count[index]].long()
+                    partial = lists.partial_index[index][: lists.partial_count[index]].long()
+                    tiles = torch.cat([full, partial])
+                    place = rows.long() - group.prefix
+                    if len(tiles) == 0:
+                        out[place, head], lse[head, place] = 0.0, float("-inf")
+                        continue
+                    logits = (q[place, head].float() * scale) @ keys[tiles].flatten(0, 1).T
+                    hidden = position[partial].flatten()[None] > rows[:, None]  # only partial tiles test positions
+                    logits[:, len(full) * TILE :].masked_fill_(hidden, float("-inf"))
+                    top = logits.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+                    weight = (logits - top).exp_()
+                    total = weight.sum(1, keepdim=True)
+                    out[place, head] = ((weight @ values[tiles].flatten(0, 1)) / total.clamp(min=1e-38)).to(out.dtype)
+                    lse[head, place] = (total.log() + top)[:, 0]

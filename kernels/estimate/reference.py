@@ -1,49 +1,57 @@
-"""What the last queries of a chunk look at: the sample from which the patterns are found (MInference; MMInference 3.2).
+"""What a few queries look at, from which columns, diagonals and lines are found (MInference; MMInference 3.2).
 
-Legend: L sampled queries, G query heads, R KV heads of the group, Nk keys, D head dimension.
+Legend: L sampled queries, R KV heads and g query heads of each (G = R * g), F sampled keys, Nk keys, D head dimension.
 """
 
 from __future__ import annotations
 
 import torch
 
-
-def last_query_attention(q: torch.Tensor, k: torch.Tensor, row: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention weights of the last queries over all keys, fp32 [G, L, Nk]; query l is key position Nk - L + l.
-
-    Args:
-        q: [L, G, D] the chunk's last L queries.
-        k: [Nk, R, D] every key so far.
-        row: int64 [G] which of the R each head reads.
-        scale: of the logits, 1/sqrt(D) as a rule.
-    """
-    logits = torch.einsum("lgd,ngd->gln", q.float(), k.float()[:, row]) * scale
-    at = torch.arange(len(k), device=q.device)
-    future = at[None, :] > (len(k) - len(q) + torch.arange(len(q), device=q.device))[:, None]
-    return logits.masked_fill(future, float("-inf")).softmax(-1)
+from mm_sglang.kernels.plan import BUCKET
 
 
-def column_mass(probe: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Mean weight a sampled query gives to each key, heads of one KV head averaged, fp32 [R, Nk].
-
-    Args:
-        probe: [G, L, Nk] from `last_query_attention`.
-        row: int64 [G].
-    """
-    rows = int(row.max()) + 1
-    mass = torch.zeros(rows, probe.shape[2], device=probe.device).index_add_(0, row, probe.mean(1))
-    return mass / torch.bincount(row, minlength=rows)[:, None]
-
-
-def diagonal_mass(probe: torch.Tensor) -> torch.Tensor:
-    """Weight on each distance query - key, summed over the sampled queries, fp32 [G, Nk].
+def sampled_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    slots: torch.Tensor | None,
+    heads: tuple[tuple[int, ...], ...],
+    kv_head: tuple[int, ...],
+    rows: torch.Tensor,
+    prefix: int,
+    keys: int,
+    k_pos: torch.Tensor | None,
+    scale: float,
+    last_row: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of the sampled queries over the sampled keys at or before them, summed two ways.
 
     Args:
-        probe: [G, L, Nk] from `last_query_attention`.
+        q: [Nq, H, D], row i is position prefix + i.
+        k: [P, Hkv, D]; a key's row is its position, or slots[position] (int32) in a paged pool.
+        heads, kv_head: [R][g] query heads (-1: filler) and [R] KV heads, as in HeadGroup.
+        rows: int32 [L] rows of q, ascending; negative ones are left out.
+        keys: Nk; k_pos: int32 [F] ascending positions, or None for all Nk.
+        scale: of the logits.
+        last_row: the last of `rows` if they are consecutive, which the host then knows; else None. Not needed here.
+
+    Returns:
+        columns fp32 [R, F]: mean weight on each sampled key over the queries and heads of each KV head;
+        buckets fp32 [G, ceil(Nk / BUCKET)]: weight on each bucket of distances, summed over the queries.
     """
-    heads, sample, keys = probe.shape
-    out = torch.zeros(heads, keys, device=probe.device)
-    for index in range(sample):
-        position = keys - sample + index  # this query sees distances 0..position
-        out[:, : position + 1] += probe[:, index, : position + 1].flip(-1)
-    return out
+    device, g = q.device, len(heads[0])
+    at = torch.arange(keys, device=device) if k_pos is None else k_pos.long()
+    source = k[at if slots is None else slots[at].long()]
+    distance = prefix + rows.long()[:, None] - at  # [L, F]
+    hidden = (distance < 0) | (rows < 0)[:, None]
+    columns = torch.zeros(len(kv_head), len(at), device=device)
+    buckets = torch.zeros(len(kv_head) * g, -(-keys // BUCKET), device=device)
+    for r, (row, kv) in enumerate(zip(heads, kv_head, strict=True)):
+        for i, head in enumerate(row):
+            if head < 0:
+                continue
+            logits = (q[rows.long(), head].float() @ source[:, kv].float().T) * scale
+            weight = logits.masked_fill(hidden, float("-inf")).softmax(1).nan_to_num(0.0)
+            columns[r] += weight.sum(0)
+            buckets[r * g + i].index_add_(0, (distance.clamp(min=0) // BUCKET).flatten(), weight.flatten())
+        columns[r] /= max(1, sum(h >= 0 for h in row)) * max(1, len(rows))
+    return columns, buckets

@@ -7,23 +7,38 @@ from dataclasses import fields
 from typing import Any
 
 from mm_sglang.kernels.patterns.a_shape import AShape
-from mm_sglang.kernels.patterns.base import Chunk, HeadPattern, Selection
+from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
+from mm_sglang.kernels.patterns.block_topk import BlockTopK
+from mm_sglang.kernels.patterns.boundary import NAMES, Boundary
 from mm_sglang.kernels.patterns.dense import Dense
 from mm_sglang.kernels.patterns.grid import Grid
 from mm_sglang.kernels.patterns.vertical_slash import VerticalSlash
 
-PATTERNS: dict[str, type[HeadPattern]] = {c.kind: c for c in (Dense, AShape, VerticalSlash, Grid)}
+PATTERNS: dict[str, type[HeadPattern]] = {c.kind: c for c in (Dense, AShape, VerticalSlash, Grid, BlockTopK)}
 
 
 def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
-    """HeadPattern from a mapping `{pattern: name, budget: value, ...}`, as YAML and JSON hold it.
+    """HeadPattern from a mapping, as YAML and JSON hold it.
+
+    `{pattern: name, budget: value, ...}`; with `boundary: k | q | 2d` the same recipe holds for each class (or pair)
+    on its own; `{boundary: q, parts: {text: {...}, vision: {...}}}` names one for each.
 
     Raises:
         ValueError: unknown pattern, a key the pattern does not have, or a value it refuses.
     """
-    if not isinstance(recipe, Mapping) or "pattern" not in recipe:
-        raise ValueError(f"head pattern {recipe!r}: needs a mapping with the key 'pattern'")
+    if not isinstance(recipe, Mapping) or not {"pattern", "parts"} & set(recipe):
+        raise ValueError(f"head pattern {recipe!r}: needs a mapping with the key 'pattern', or 'boundary' and 'parts'")
     values = dict(recipe)
+    boundary = values.pop("boundary", "none")
+    if boundary != "none" and boundary not in NAMES:
+        raise ValueError(f"boundary={boundary!r}: needs one of {('none', *NAMES)}")
+    if "parts" in values:
+        if boundary == "none" or set(values) != {"parts"} or not isinstance(values["parts"], Mapping):
+            raise ValueError(
+                f"head pattern {recipe!r}: 'parts' needs a mapping, 'boundary' beside it, and nothing else"
+            )
+        parts = tuple((str(name), head_pattern(part)) for name, part in values["parts"].items())
+        return Boundary(boundary=boundary, recipes=parts)
     kind = values.pop("pattern")
     if kind not in PATTERNS:
         raise ValueError(f"pattern={kind!r}: needs one of {tuple(PATTERNS)}")
@@ -31,7 +46,13 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(f"pattern {kind}: unknown key {unknown[0]!r}: needs one of {known}")
-    return PATTERNS[kind](**values)
+    made = PATTERNS[kind](**values)
+    return (
+        made if boundary == "none" else Boundary(boundary=boundary, recipes=tuple((n, made) for n in NAMES[boundary]))
+    )
 
 
-__all__ = ["PATTERNS", "AShape", "Chunk", "Dense", "Grid", "HeadPattern", "Selection", "VerticalSlash", "head_pattern"]
+__all__ = [
+    "PATTERNS", "AShape", "BlockTopK", "Boundary", "Dense", "Grid", "HeadPattern", "Selection", "VerticalSlash", "View",
+    "head_pattern",
+]  # fmt: skip

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from mm_sglang.kernels.patterns.base import Chunk, HeadPattern, Selection, keep_nothing, require_at_least
+from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least
+from mm_sglang.kernels.plan import BUCKET, Bands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,16 @@ class AShape(HeadPattern):
     local: int = 4096
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "local")
 
-    def select(self, chunk: Chunk, probe: torch.Tensor | None) -> Selection:
-        kept = keep_nothing(chunk)
-        kept.columns[:, : self.sink] = True
-        kept.diagonals[:, : self.local] = True
-        return kept
+    def select(self, view: View) -> Selection:
+        return Selection(sink=self.sink, bands=nearest(view, self.local))
+
+
+def nearest(view: View, local: int) -> Bands:
+    """The buckets of the `local` nearest distances, for every head."""
+    heads, width = len(view.heads) * len(view.heads[0]), min(-(-local // BUCKET), -(-view.keys // BUCKET))
+    index = torch.arange(width - 1, -1, -1, dtype=torch.int32, device=view.q.device)
+    count = torch.full((heads,), width, dtype=torch.int32, device=view.q.device)
+    return Bands(index=index.expand(heads, -1).contiguous(), count=count)

@@ -1,83 +1,132 @@
-"""HeadPattern: one query head's recipe; Selection: what a recipe keeps in one chunk.
+"""HeadPattern: a query head's recipe. `select` says what it keeps of one chunk, from a look at the prompt itself.
 
-Every pattern keeps whole query rows, whole key columns and whole diagonals; rows, columns and tiles of kept diagonals
-are what the plan turns into a reordering and tile lists. A chunk's queries are positions [prefix, prefix + Nq), its
-keys are positions [0, prefix + Nq).
-
-Legend: R rows of the orders (one a KV head used by the group), G query heads of the group, Nq queries, Nk keys.
+Legend: R KV heads of a group and g query heads of each (G = R * g), Nq queries, Nk keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.plan import Bands, Blocks
 
-# Where a pattern's index breaks between modalities (MMInference section 3.3). Only "none" is in this version; "k", "q"
-# and "2d" compose a pattern per modality pair and will live in patterns/boundary.py.
-BOUNDARIES = ("none", "k", "q", "2d")
+if TYPE_CHECKING:
+    from mm_sglang.kernels.ops import Ops
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """What a pattern may look at: positions and layout of one chunk, and which KV head each head of the group reads."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class View:
+    """What a recipe may look at: the chunk's tensors for its heads, and the share of queries and keys it is for.
 
+    Args:
+        q: [Nq, H, D] the chunk's queries; k: [P, Hkv, D]; slots: int32 [Nk] or None, as in the engines.
+        heads, kv_head: as in HeadGroup.
+        query_class, key_class: "text", "vision", or None for all.
+        q_order: int32 [R, Mq * TILE] or None, as in HeadGroup.
+        masses: estimates already made for these queries, by their arguments.
+    """
+
+    ops: Ops
+    q: torch.Tensor
+    k: torch.Tensor
+    slots: torch.Tensor | None
+    scale: float
     layout: TokenLayout
-    prefix: int
-    queries: int
-    row: torch.Tensor  # int64 [G]: row of the orders each head uses
+    heads: tuple[tuple[int, ...], ...]
+    kv_head: tuple[int, ...]
+    query_class: str | None = None
+    key_class: str | None = None
+    q_order: torch.Tensor | None = None
+    masses: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def keys(self) -> int:
-        return self.prefix + self.queries
+        return self.layout.length
 
     @property
-    def rows(self) -> int:
-        return int(self.row.max()) + 1
+    def queries(self) -> int:
+        return len(self.q)
+
+    @property
+    def prefix(self) -> int:
+        return self.keys - self.queries
+
+    @property
+    def allowed(self) -> torch.Tensor | None:
+        """bool [Nk]: keys of the class; None for all."""
+        return None if self.key_class is None else classes.mask(self.layout, self.key_class)
+
+    @property
+    def key_count(self) -> int:
+        return self.keys if self.key_class is None else classes.count(self.layout, self.key_class, 0, self.keys)
+
+    def mass(self, last: int, k_pos: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sampled_mass` of the last queries (of the query class) over all keys or those at k_pos; made once."""
+        key = last, k_pos is None
+        if key not in self.masses:
+            last_row = None
+            if self.query_class is None:
+                last_row = self.queries - 1
+                rows = torch.arange(max(0, self.queries - last), self.queries, dtype=torch.int32, device=self.q.device)
+            else:
+                at = classes.positions(self.layout, self.query_class, self.prefix, self.keys)
+                rows = at[-last:] - self.prefix
+                run = classes.spans(self.layout, self.query_class, self.prefix, self.keys)[-1]
+                if run[1] - run[0] >= len(rows):
+                    last_row = run[1] - 1 - self.prefix
+            self.masses[key] = self.ops.sampled_mass(
+                self.q, self.k, self.slots, self.heads, self.kv_head, rows, self.prefix, self.keys, k_pos, self.scale,
+                last_row,
+            )  # fmt: skip
+        return self.masses[key]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """Kept query rows [R, Nq] and key columns [R, Nk], and kept diagonals [G, Nk]: distance query - key. All bool."""
+    """What a recipe keeps of the keys it is for.
 
-    rows: torch.Tensor
-    columns: torch.Tensor
-    diagonals: torch.Tensor
+    Args:
+        everything: all of them; nothing else counts then.
+        sink: the first positions, in tokens.
+        columns: bool [R, Nk] kept keys, `columns_most` at most (a bound known to the host), or None.
+        bands: kept diagonals, `bands_most` buckets at most, or None.
+        blocks: block scores to choose tiles from, or None.
+        rows: bool [R, Nq] queries to be computed with every key, `rows_most` at most, or None.
+    """
+
+    everything: bool = False
+    sink: int = 0
+    columns: torch.Tensor | None = None
+    columns_most: int = 0
+    bands: Bands | None = None
+    blocks: Blocks | None = None
+    rows: torch.Tensor | None = None
+    rows_most: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPattern:
-    """Base of the recipes; subclasses add budgets (in tokens) and `select`.
-
-    Args:
-        boundary: one of BOUNDARIES; only "none" is implemented.
-    """
+    """Base of the recipes; subclasses add budgets (in tokens) and `select`."""
 
     kind: ClassVar[str]
-    boundary: str = "none"
 
-    def __post_init__(self) -> None:
-        if self.boundary not in BOUNDARIES:
-            raise ValueError(f"boundary={self.boundary!r}: needs one of {BOUNDARIES}")
-        if self.boundary != "none":
-            raise ValueError(f"boundary={self.boundary!r} is not in this version: needs 'none'")
+    def select(self, view: View) -> Selection:
+        """What to keep in this chunk."""
+        raise NotImplementedError
+
+    def parts(self, query_class: str | None) -> Iterable[tuple[str | None, HeadPattern]]:
+        """(key class, recipe) pairs for queries of a class; most recipes know no classes."""
+        return ((None, self),)
 
     @property
-    def probe(self) -> int:
-        """Last queries of the chunk whose attention `select` wants to see; 0 for a pattern without an estimate."""
-        return 0
-
-    def select(self, chunk: Chunk, probe: torch.Tensor | None) -> Selection:
-        """What to keep in this chunk.
-
-        Args:
-            chunk: positions and layout.
-            probe: attention weights of the last `self.probe` queries (fewer in a shorter chunk), fp32 [G, L, Nk].
-        """
-        raise NotImplementedError
+    def query_classes(self) -> tuple[str | None, ...]:
+        """Query classes that have recipes of their own."""
+        return (None,)
 
     def to_dict(self) -> dict[str, Any]:
         return {"pattern": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}
@@ -91,11 +140,14 @@ def require_at_least(pattern: HeadPattern, minimum: int, *names: str) -> None:
             raise ValueError(f"{pattern.kind}: {name}={value!r}: needs a whole number of at least {minimum}")
 
 
-def keep_nothing(chunk: Chunk) -> Selection:
-    """An empty Selection of the chunk's shapes, for a pattern to fill in."""
-    device = chunk.layout.coordinates.device
-    return Selection(
-        rows=torch.zeros(chunk.rows, chunk.queries, dtype=torch.bool, device=device),
-        columns=torch.zeros(chunk.rows, chunk.keys, dtype=torch.bool, device=device),
-        diagonals=torch.zeros(len(chunk.row), chunk.keys, dtype=torch.bool, device=device),
-    )
+def require_coverage(pattern: HeadPattern, value: object) -> None:
+    """ValueError unless None or a share above 0 and up to 1."""
+    if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
+        raise ValueError(f"{pattern.kind}: coverage={value!r}: needs a number above 0 and up to 1, or none")
+
+
+def require_flag(pattern: HeadPattern, *names: str) -> None:
+    """ValueError for anything but true and false."""
+    for name in names:
+        if not isinstance(getattr(pattern, name), bool):
+            raise ValueError(f"{pattern.kind}: {name}={getattr(pattern, name)!r}: needs true or false")

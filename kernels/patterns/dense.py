@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from mm_sglang.kernels.patterns.base import Chunk, HeadPattern, Selection, keep_nothing
+from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +14,5 @@ class Dense(HeadPattern):
 
     kind: ClassVar[str] = "dense"
 
-    def select(self, chunk: Chunk, probe: torch.Tensor | None) -> Selection:
-        kept = keep_nothing(chunk)
-        kept.rows.fill_(True)
-        return kept
+    def select(self, view: View) -> Selection:
+        return Selection(everything=True)

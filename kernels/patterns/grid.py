@@ -7,31 +7,41 @@ from typing import ClassVar
 
 import torch
 
-from mm_sglang.kernels.estimate.reference import column_mass
-from mm_sglang.kernels.layout import TEXT, TokenLayout
-from mm_sglang.kernels.patterns.base import Chunk, HeadPattern, Selection, keep_nothing, require_at_least
-from mm_sglang.kernels.select.reference import top_budget
+from mm_sglang.kernels import classes
+from mm_sglang.kernels.classes import Lines, Stride
+from mm_sglang.kernels.patterns.a_shape import nearest
+from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_flag
 
-STRIDES = ("frame", "row")
+STRIDES = {
+    "frame": (Stride(unit="frame"),),
+    "row": (Stride(unit="row"),),
+    "auto": (
+        Stride(unit="frame"), Stride(unit="frame", multiple=2), Stride(unit="row"), Stride(unit="row", multiple=2),
+    ),
+}  # fmt: skip
+SAMPLED_KEYS = 8192  # whole frames, evenly spread: lines are sums over hundreds of keys, so a sample ranks them well
+MOST_QUERIES = 1024  # of the estimate, should a frame be longer than that
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(HeadPattern):
-    """The same few places of every frame (stride "frame") or of every row (stride "row").
+    """The same few places of every frame (stride "frame"), of every row ("row"), or whichever fits better ("auto").
 
-    A line is one residue of the token's index inside its item modulo the stride, so lines stay true where timestamp
-    text between frames breaks a constant distance (Qwen3-VL) and in each of several videos. The phases, `lines` of
-    them an item, are found online from the last queries. Vertical lines are key columns; horizontal lines are the
-    query rows of the same residues, computed in full. Text keys are kept for all, text queries are computed in full,
-    and an image is a video of one frame. Heads that share a KV head share their phases.
+    A line is one residue of the token's index inside its item modulo the stride. Stride and phases are found online,
+    from at least one frame of queries: a stride's score is the share of attention its best lines hold less the share
+    of keys they are, so neither long nor short strides are favoured (the paper's maximum over strides is not
+    normalised). Vertical lines are key columns; horizontal lines are the query rows of the same residues, computed in
+    full (the paper's symmetry: a row phase can't be seen from the last queries alone). An image is a video of one
+    frame. Heads that share a KV head share stride and phases.
 
     Args:
-        stride: "frame" or "row".
-        lines: residues kept an item. Default: 4.
+        stride: "frame", "row" or "auto". Default: "frame".
+        lines: keys kept a frame, in whole lines, at least one line an item. Default: 4.
         vertical, horizontal: which lines; at least one.
+        text: text keys are kept for all, and text queries computed in full. Default: true.
         sink: first positions that are always kept. Default: 128.
         local: nearest distances that are always kept, at least 1. Default: 1024.
-        last_q: queries of the estimate. Default: 64.
+        last_q: queries of the estimate, at least; never less than one frame of the longest item. Default: 64.
     """
 
     kind: ClassVar[str] = "grid"
@@ -39,57 +49,66 @@ class Grid(HeadPattern):
     lines: int = 4
     vertical: bool = True
     horizontal: bool = True
+    text: bool = True
     sink: int = 128
     local: int = 1024
     last_q: int = 64
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.stride not in STRIDES:
-            raise ValueError(f"grid: stride={self.stride!r}: needs one of {STRIDES}")
-        if not (self.vertical is True or self.horizontal is True):
-            raise ValueError(
-                f"grid: vertical={self.vertical!r}, horizontal={self.horizontal!r}: needs one of them true"
-            )
+            raise ValueError(f"grid: stride={self.stride!r}: needs one of {tuple(STRIDES)}")
+        require_flag(self, "vertical", "horizontal", "text")
+        if not (self.vertical or self.horizontal):
+            raise ValueError("grid: vertical=False, horizontal=False: needs one of them true")
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "lines", "local", "last_q")
 
-    @property
-    def probe(self) -> int:
-        return self.last_q
+    def select(self, view: View) -> Selection:
+        layout, keys = view.layout, view.keys
+        columns, rows, most, rows_most = None, None, 0, 0
+        if classes.count(layout, "vision", 0, keys) and view.key_class != "text":
+            lines = classes.lines(layout, STRIDES[self.stride], self.lines, SAMPLED_KEYS)
+            frame = max(item.frame_tokens for item in classes.begun(layout))
+            mass, _ = view.mass(min(max(self.last_q, frame), MOST_QUERIES), lines.k_pos)
+            on_line = best_lines(mass, lines)
+            most = lines.bound
+            if self.vertical:
+                columns = on_line
+            if self.horizontal:
+                rows, rows_most = on_line[:, view.prefix :], min(most, view.queries)
+        text = classes.mask(layout, "text")
+        if self.text and view.key_class != "vision" and (number := classes.count(layout, "text", 0, keys)):
+            columns = text.expand(len(view.kv_head), -1) if columns is None else columns | text
+            most += number
+        whole = view.key_class is None and view.query_class != "vision"
+        if self.text and whole and (number := classes.count(layout, "text", view.prefix, keys)):
+            own = text[view.prefix :]
+            rows = own.expand(len(view.kv_head), -1) if rows is None else rows | own
+            rows_most = min(rows_most + number, view.queries)
+        return Selection(
+            sink=self.sink, columns=columns, columns_most=most, bands=nearest(view, self.local),
+            rows=rows, rows_most=rows_most,
+        )  # fmt: skip
 
-    def select(self, chunk: Chunk, probe: torch.Tensor | None) -> Selection:
-        assert probe is not None
-        kept = keep_nothing(chunk)
-        line, first = line_of(chunk.layout, self.stride)
-        text = chunk.layout.modality == TEXT
-        on_line = torch.zeros(chunk.rows, chunk.keys, dtype=torch.bool, device=probe.device)  # [R, Nk]
-        if len(first) > 1:
-            mass = torch.zeros(chunk.rows, first[-1], device=probe.device)  # [R, lines of all items]
-            mass.index_add_(1, line[~text], column_mass(probe, chunk.row)[:, ~text])
-            nothing = torch.zeros(first[-1], dtype=torch.bool, device=probe.device)
-            chosen = torch.cat(
-                [top_budget(mass[:, a:b], self.lines, nothing[a:b]) for a, b in zip(first, first[1:], strict=False)], 1
-            )
-            on_line[:, ~text] = chosen[:, line[~text]]
-        kept.columns[:, : self.sink] = True
-        kept.columns.logical_or_(text | on_line if self.vertical else text)
-        kept.rows.logical_or_((text | on_line)[:, chunk.prefix :] if self.horizontal else text[chunk.prefix :])
-        kept.diagonals[:, : self.local] = True
-        return kept
 
+def best_lines(mass: torch.Tensor, lines: Lines) -> torch.Tensor:
+    """Bool [R, Nk]: keys on the best lines of the best candidate stride.
 
-def line_of(layout: TokenLayout, stride: str) -> tuple[torch.Tensor, list[int]]:
-    """Line number of each position (int64 [N], -1 for text), numbered through all items, and each item's first line."""
-    sizes = [item.frame_tokens if stride == "frame" else item.cols for item in layout.items]
-    first = [0]
-    for size in sizes:
-        first.append(first[-1] + size)
-    line = torch.full_like(layout.item, -1, dtype=torch.int64)
-    vision = layout.item >= 0
-    if sizes:
-        item = layout.item[vision].long()
-        cols = torch.tensor([i.cols for i in layout.items], device=layout.item.device)[item]
-        inside = layout.x[vision] + (layout.y[vision] * cols if stride == "frame" else 0)
-        line[vision] = torch.tensor(first, device=layout.item.device)[item] + inside
-    return line, first
+    Args:
+        mass: fp32 [R, F] weight on each of lines.k_pos.
+    """
+    rows, candidates = len(mass), len(lines.of)
+    by_line = torch.zeros(rows, lines.number + 1, device=mass.device)
+    by_line.index_add_(1, lines.sampled, mass if candidates == 1 else mass.repeat(1, candidates))
+    by_line[:, lines.number] = -1.0  # fillers rank last
+    ranked = by_line[:, lines.table].sort(dim=2, descending=True)  # a few hundred lines an item, not the keys
+    chosen, of = lines.taken.expand(rows, -1, -1), lines.of[0]
+    if candidates > 1:
+        held = torch.where(chosen, ranked.values, 0.0).view(rows, candidates, -1).sum(2)
+        best = (held / mass.sum(1, keepdim=True).clamp(min=1e-30) - lines.share).argmax(1)  # [R] candidate
+        chosen, of = chosen & (lines.candidate == best[:, None])[..., None], lines.of[best]
+    flags = torch.zeros(rows, lines.number + 1, dtype=torch.bool, device=mass.device)
+    # a line is in one row of the table only, so nothing is scattered twice but the filler
+    flags.scatter_(1, lines.table.expand(rows, -1, -1).gather(2, ranked.indices).flatten(1), chosen.flatten(1))
+    flags[:, lines.number] = False
+    return flags[:, of] if candidates == 1 else flags.gather(1, of)

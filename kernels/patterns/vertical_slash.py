@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from mm_sglang.kernels.estimate.reference import column_mass, diagonal_mass
-from mm_sglang.kernels.patterns.base import Chunk, HeadPattern, Selection, keep_nothing, require_at_least
-from mm_sglang.kernels.select.reference import top_budget
+from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_coverage
+from mm_sglang.kernels.plan import BUCKET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +14,14 @@ class VerticalSlash(HeadPattern):
     """Top columns and top diagonals of the attention of the chunk's last queries.
 
     Query heads that share a KV head share their columns (the mean of their masses chooses), so that one reordering of
-    that KV head's keys serves them all; diagonals are each head's own.
+    that KV head's keys serves them all; diagonals are each head's own, and are chosen in buckets of BUCKET
+    neighbours, because a tile brings the neighbours anyway.
 
     Args:
-        columns: key columns kept, the first `sink` among them. Default: 1000.
-        slashes: diagonals kept, the nearest `local` among them. Default: 4096.
+        columns: key columns kept at most, the first `sink` among them. Default: 1000.
+        slashes: diagonals kept at most, the nearest `local` among them. Default: 4096.
+        coverage: share of the sampled attention mass at which columns, and likewise slashes, stop short of their
+            count; none: the counts alone decide. Default: none.
         sink: first positions that are always kept. Default: 30.
         local: nearest distances that are always kept, at least 1. Default: 100.
         last_q: queries of the estimate. Default: 64.
@@ -30,23 +30,18 @@ class VerticalSlash(HeadPattern):
     kind: ClassVar[str] = "vertical_slash"
     columns: int = 1000
     slashes: int = 4096
+    coverage: float | None = None
     sink: int = 30
     local: int = 100
     last_q: int = 64
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "columns", "slashes", "local", "last_q")
+        require_coverage(self, self.coverage)
 
-    @property
-    def probe(self) -> int:
-        return self.last_q
-
-    def select(self, chunk: Chunk, probe: torch.Tensor | None) -> Selection:
-        assert probe is not None
-        kept = keep_nothing(chunk)
-        distance = torch.arange(chunk.keys, device=probe.device)
-        kept.columns.copy_(top_budget(column_mass(probe, chunk.row), self.columns, distance < self.sink))
-        kept.diagonals.copy_(top_budget(diagonal_mass(probe), self.slashes, distance < self.local))
-        return kept
+    def select(self, view: View) -> Selection:
+        columns, diagonals = view.mass(self.last_q)
+        kept = view.ops.top_budget(columns, self.columns, self.coverage, self.sink, view.allowed)
+        bands = view.ops.top_buckets(diagonals, -(-self.slashes // BUCKET), self.coverage, -(-self.local // BUCKET))
+        return Selection(columns=kept, columns_most=min(max(self.columns, self.sink), view.key_count), bands=bands)

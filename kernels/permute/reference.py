@@ -1,26 +1,37 @@
-"""Reordering so that what matters is contiguous: kept rows and columns first, the rest after, each in prompt order."""
+"""Reordering so that what matters is contiguous: kept columns first, then the rest, by class; each ascending."""
 
 from __future__ import annotations
 
 import torch
 
-TILE = 128  # queries and keys of a tile: FA4's on SM90, where 128 x 128 is the size that ran at dense speed
-PAD = 2**31 - 1  # position of a padding slot: later than every query, so that no query ever sees it
+from mm_sglang.kernels.plan import PAD, TILE
 
 
-def kept_first(kept: torch.Tensor, first_position: int) -> torch.Tensor:
-    """Order of one chunk's queries or keys, int32 [R, tiles * TILE], filled up with PAD.
-
-    A stable partition (two prefix sums, no sort). It is a permutation, so no token can be computed twice.
+def key_order(
+    kept: torch.Tensor, classes: torch.Tensor | None, segments: int, tiles: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Segment 0 holds the kept keys, segment c the others of class c: a stable partition, so no key stands twice.
 
     Args:
         kept: bool [R, N].
-        first_position: position of entry 0: the prefix for queries, 0 for keys.
+        classes: uint8 [N] in 1..segments-1; None: all 1.
+        segments: S.
+        tiles: of the order; each segment starts a new tile, so ceil(N / TILE) + S - 1 always suffice. What does not
+            fit is cut off (for orders of which only segment 0, of known size, is wanted).
+
+    Returns:
+        order int32 [R, tiles * TILE] of indices 0..N-1, PAD where a segment leaves its last tile open;
+        start int32 [R, S + 1] first slot of each segment and the end of the last;
+        rank int32 [R, S, N + 1]: entries of a segment below each index.
     """
     rows, count = kept.shape
-    front = torch.cumsum(kept, 1)
-    back = front[:, -1:] + torch.cumsum(~kept, 1)
-    slot = torch.where(kept, front, back) - 1
-    order = torch.full((rows, -(-count // TILE) * TILE), PAD, dtype=torch.int32, device=kept.device)
-    position = torch.arange(first_position, first_position + count, dtype=torch.int32, device=kept.device)
-    return order.scatter_(1, slot, position.expand(rows, -1))
+    other = torch.ones(count, dtype=torch.long, device=kept.device) if classes is None else classes.long()
+    segment = torch.where(kept, 0, other)  # [R, N]
+    member = segment[:, None] == torch.arange(segments, device=kept.device)[:, None]  # [R, S, N]
+    rank = torch.nn.functional.pad(torch.cumsum(member, 2), (1, 0))
+    size = (rank[:, :, -1] + TILE - 1) // TILE * TILE
+    start = torch.nn.functional.pad(torch.cumsum(size, 1), (1, 0))
+    slot = start.gather(1, segment) + rank[:, :, :-1].gather(1, segment[:, None])[:, 0]
+    order = torch.full((rows, max(tiles, int(start[:, -1].max()) // TILE) * TILE), PAD, device=kept.device)
+    order.scatter_(1, slot, torch.arange(count, device=kept.device).expand(rows, -1))
+    return order[:, : tiles * TILE].int(), start.int(), rank.int()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from mm_sglang.kernels.inspection import attended, tile_map
 from mm_sglang.kernels.layout import IMAGE, TEXT, VIDEO, TokenLayout
-from mm_sglang.kernels.permute.reference import TILE
-from mm_sglang.kernels.plan import Plan
+from mm_sglang.kernels.plan import TILE, Plan
 
 PIXELS = 640  # of a panel's side; more would not be visible on a page
 COLOURS = {TEXT: "#d1495b", IMAGE: "#edae49", VIDEO: "#30638e"}
@@ -34,7 +34,7 @@ def attended_pixels(panel: Panel, tokens: int) -> torch.Tensor:
         rows = pixel[plan.prefix : plan.keys]
         columns = pixel[: plan.keys]
         causal = torch.ones(plan.queries, plan.keys).tril(plan.prefix)
-        for total, mask in ((hits, plan.attended(panel.head).float()), (pairs, causal)):
+        for total, mask in ((hits, attended(plan, panel.head).float()), (pairs, causal)):
             by_column = torch.zeros(plan.queries, side).index_add_(1, columns, mask)
             total.index_add_(0, rows, by_column)
     return torch.where(pairs > 0, hits / pairs.clamp(min=1), -1.0)
@@ -44,8 +44,7 @@ def tile_rows(panel: Panel) -> torch.Tensor:
     """The tile lists of all chunks under each other, [Mq, Mk]: 0 not computed, 1 partial, 2 full."""
     maps = []
     for plan in panel.plans:
-        group = next(g for g in plan.groups if panel.head in g.heads.tolist())
-        maps.append(plan.tile_map(group, group.heads.tolist().index(panel.head)))
+        maps += [tile_map(group, panel.head) for group in plan.groups if panel.head in group.members]
     width = max(m.shape[1] for m in maps)
     return torch.cat([torch.nn.functional.pad(m, (0, width - m.shape[1])) for m in maps])
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from mm_sglang.config import SparseConfig
+from mm_sglang.kernels.inspection import attended, by_pattern
 from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.ops import reference_ops
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan
 
@@ -83,9 +85,14 @@ def replay(
         patterns = config.patterns(line["layer"], heads)
         assert patterns is not None
         plan = make_plan(
-            tensors["q"], tensors["k"], layout=layout, patterns=patterns, scale=tensors["q"].shape[2] ** -0.5
+            tensors["q"],
+            tensors["k"],
+            layout=layout,
+            patterns=patterns,
+            scale=tensors["q"].shape[2] ** -0.5,
+            ops=reference_ops(),
         )
-        if [g.tiles for g in plan.groups] != [g["tiles"] for g in line["groups"]]:
+        if [tiles for _, _, tiles, _ in by_pattern(plan)] != [g["tiles"] for g in line["groups"]]:
             raise RuntimeError(f"chunk at {line['prefix']}: the plan made again differs from the one the server ran")
         plans.append(plan)
         saved.append(tensors)
@@ -100,14 +107,14 @@ def recalls(plans: Sequence[Plan], tensors: Sequence[dict[str, torch.Tensor]]) -
         rows = torch.linspace(0, plan.queries - 1, min(SAMPLED_ROWS, plan.queries)).long()
         share, scale = t["q"].shape[1] // t["k"].shape[1], t["q"].shape[2] ** -0.5
         future = torch.arange(plan.keys) > (plan.prefix + rows)[:, None]
-        for group in plan.groups:
-            for head in group.heads.tolist():
+        for pattern, heads, _, _ in by_pattern(plan):
+            for head in heads:
                 logits = t["q"][rows, head].double() @ t["k"][:, head // share].double().T * scale
                 weights = logits.masked_fill(future, float("-inf")).softmax(-1)
-                kept.setdefault(group.pattern.kind, []).append((weights * plan.attended(head)[rows]).sum(-1))
+                kept.setdefault(pattern.kind, []).append((weights * attended(plan, head)[rows]).sum(-1))
                 dense = weights @ t["v"][:, head // share].double()
                 error = (t["out"][rows, head].double() - dense).norm(dim=-1) / dense.norm(dim=-1)
-                wrong.setdefault(group.pattern.kind, []).append(error)
+                wrong.setdefault(pattern.kind, []).append(error)
     return [
         Recall(pattern=kind, recall=float(torch.cat(kept[kind]).mean()), error=float(torch.cat(wrong[kind]).mean()))
         for kind in kept

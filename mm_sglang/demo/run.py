@@ -23,6 +23,7 @@ from mm_sglang.demo.server import Server
 from mm_sglang.demo.tables import machine, print_tables
 from mm_sglang.demo.tiny_model import make_tiny_model
 from mm_sglang.demo.video import PHOTOGRAPHS, render_video
+from mm_sglang.kernels.inspection import by_pattern
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.serve import server_command
@@ -145,9 +146,9 @@ def time_to_first_token(server: Server, prompt: Sequence[Part]) -> dict[str, flo
 
 def draw_layer(layout: TokenLayout, plans: Sequence[Plan], path: Path) -> None:
     panels = []
-    for group in plans[-1].groups:
-        head = int(group.heads[0])
-        title = f"layer {TRACED_LAYER}, head {head}: {group.pattern.kind}"
+    for pattern, heads, _, _ in by_pattern(plans[-1]):
+        head = heads[0]
+        title = f"layer {TRACED_LAYER}, head {head}: {pattern.kind}"
         panels.append(Panel(title=title, head=head, plans=tuple(plans)))
     counts = ", ".join(f"{n:,} {name}" for name, n in layout.counts().items() if n)
     draw(panels, layout, f"What mm_sparse computed of {layout.length:,} prompt tokens ({counts})", path)

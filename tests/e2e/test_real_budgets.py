@@ -97,12 +97,13 @@ def check_chunk(line: dict[str, Any], saved: dict[str, torch.Tensor], layout: To
     q, k, v, out = (saved[name].double() for name in ("q", "k", "v", "out"))
     scale, share = q.shape[2] ** -0.5, q.shape[1] // k.shape[1]
     assert out.isfinite().all() and len(k) == keys
-    sets = brute_force.kept_by_head(
-        list(HEADS.values()), q.numpy(), k.numpy(), prefix, scale,
-        layout.coordinates[[1, 3, 4], :keys].T.tolist(), [item.cols for item in layout.items],
+    prompt = brute_force.Prompt(
+        q=q.numpy(), k=k.numpy(), scale=scale, what=[tuple(c) for c in layout.coordinates[1:, :keys].T.tolist()],
+        grids=[(item.frames, item.rows, item.cols) for item in layout.items if item.spans[0][0] < keys],
     )  # fmt: skip
+    masks = brute_force.attended_by_head(list(HEADS.values()), prompt)
     for head in HEADS:
-        mask = torch.from_numpy(brute_force.tiled(line["queries"], prefix, *sets[head]))
+        mask = torch.from_numpy(masks[head])
         logits = (q[:, head] @ k[:, head // share].T * scale).masked_fill(~mask, float("-inf"))
         want = logits.softmax(-1) @ v[:, head // share]
         torchs = torch.nn.functional.scaled_dot_product_attention(

@@ -1,132 +1,256 @@
-"""What each pattern must attend, written independently of kernels/: plain Python and numpy, token by token.
+"""What each recipe must attend, written independently of kernels/: plain Python and numpy, token by token.
 
-Returns bool masks [Nq, Nk]. Nothing here imports the product except the tile size it promises.
+Returns bool masks [Nq, Nk]. Nothing here imports the product except the sizes it promises.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-TILE = 128
+TILE, BUCKET = 128, 64
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+CLASSES = ("text", "vision")
 
 
-def attention(q: Floats, k: Floats, prefix: int, scale: float) -> Floats:
-    """Causal softmax weights [Nq, Nk] of one head."""
-    logits = (q @ k.T) * scale
-    for i in range(len(q)):
-        logits[i, prefix + i + 1 :] = -np.inf
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)  # type: ignore[no-any-return]
+@dataclass
+class Prompt:
+    """One chunk: q [Nq, H, D], k [Nk, Hkv, D]; (item or -1, frame, row, column) of each position; items' grids."""
+
+    q: Floats
+    k: Floats
+    scale: float
+    what: list[tuple[int, int, int, int]]
+    grids: list[tuple[int, int, int]]  # frames, rows, columns of each item
+
+    @property
+    def keys(self) -> int:
+        return len(self.k)
+
+    @property
+    def prefix(self) -> int:
+        return len(self.k) - len(self.q)
+
+    def of(self, name: str | None, first: int = 0) -> list[int]:
+        """Positions of a class from `first` on."""
+        return [n for n in range(first, self.keys) if name is None or (self.what[n][0] < 0) == (name == "text")]
+
+    def weights(self, head: int, rows: list[int], keys: list[int]) -> Floats:
+        """Causal softmax [rows, keys] of one query head over those keys; a row that sees none is zero."""
+        share = self.q.shape[1] // self.k.shape[1]
+        logits = self.q[[r - self.prefix for r in rows], head] @ self.k[keys, head // share].T * self.scale
+        seen = np.array(keys)[None] <= np.array(rows)[:, None]
+        logits = np.where(seen, logits, -np.inf)
+        top = np.maximum(logits.max(1, keepdims=True, initial=-np.inf), -1e300)
+        weights = np.exp(logits - top)
+        return weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)  # type: ignore[no-any-return]
 
 
-def best(score: Floats, budget: int, forced: set[int]) -> set[int]:
-    """The `budget` entries of greatest score, forced ones first."""
-    order = sorted(range(len(score)), key=lambda n: (n not in forced, -score[n]))
-    return set(order[: max(budget, len(forced))])
+@dataclass
+class Kept:
+    """What a recipe keeps: None where it does not choose columns or buckets at all."""
+
+    everything: bool = False
+    sink: int = 0
+    columns: set[int] | None = None
+    buckets: set[int] | None = None
+    rows: set[int] = field(default_factory=set)
+    blocks: dict[str, Any] | None = None
 
 
-def tiled(queries: int, prefix: int, rows: set[int], columns: set[int], diagonals: set[int]) -> Bools:
-    """Kept rows, columns and diagonals (positions, distances) rounded outward to tiles of the kept-first order."""
-    keys = prefix + queries
-    q_order = [i for i in range(prefix, keys) if i in rows] + [i for i in range(prefix, keys) if i not in rows]
-    k_order = [j for j in range(keys) if j in columns] + [j for j in range(keys) if j not in columns]
-    mask = np.zeros((queries, keys), dtype=bool)
-    for a in range(0, queries, TILE):
-        q_tile = q_order[a : a + TILE]
-        for b in range(0, keys, TILE):
-            k_tile = k_order[b : b + TILE]
-            wanted = any(i in rows for i in q_tile) or any(j in columns for j in k_tile)
-            near, far = min(q_tile) - max(k_tile), max(q_tile) - min(k_tile)
-            if wanted or any(near <= d <= far for d in diagonals):
-                for i in q_tile:
-                    for j in k_tile:
-                        mask[i - prefix, j] = j <= i
-    return mask
+def best(score: Floats, keep: int, coverage: float | None, forced: set[int], graded: bool = True) -> set[int]:
+    """At most `keep` entries, forced ones first, then the greatest, until they hold `coverage` of all; none without.
+
+    `graded`: masses that share the top bits of their fp32 form are equal, and of equal ones the first come first.
+    """
+    grade = score.astype(np.float32).view(np.int32) >> 18 if graded else score
+    order = sorted(range(len(score)), key=lambda n: (n not in forced, -grade[n]))
+    taken: set[int] = set()
+    last = -1  # grade of the last one taken: of equal ones all are, within `keep`
+    for n in order[: max(keep, len(forced))]:
+        held = sum(float(score[m]) for m in taken)
+        enough = coverage is not None and held >= coverage * float(score.sum()) and grade[n] != last
+        if n not in forced and (grade[n] <= 0 or enough):
+            break
+        taken.add(n)
+        last = -1 if n in forced else grade[n]
+    return taken
 
 
-def token_set(queries: int, prefix: int, rows: set[int], columns: set[int], diagonals: set[int]) -> Bools:
-    """The same kept set without rounding: what a pattern promises at the very least."""
-    mask = np.zeros((queries, prefix + queries), dtype=bool)
-    for i in range(prefix, prefix + queries):
-        for j in range(i + 1):
-            mask[i - prefix, j] = i in rows or j in columns or (i - j) in diagonals
-    return mask
+def lines(recipe: dict[str, Any], prompt: Prompt, mass: dict[int, float]) -> set[int]:
+    """Keys on the best lines: of the stride whose lines hold most attention beyond their share of the keys."""
+    strides = {"frame": [("frame", 1)], "row": [("row", 1)]}
+    strides["auto"] = [("frame", 1), ("frame", 2), ("row", 1), ("row", 2)]
+    total, vision, best_score, best_keys = sum(mass.values()), len(prompt.of("vision")), -np.inf, set[int]()
+    for unit, multiple in strides[recipe.get("stride", "frame")]:
+        keys: set[int] = set()
+        held, kept = 0.0, 0
+        for item, (frames, rows, cols) in enumerate(prompt.grids):
+            base = cols if unit == "row" else rows * cols
+            size = base * multiple
+            wanted = min(max(1, round(recipe.get("lines", 4) * base / (rows * cols))), size)
+            by_line: dict[int, list[int]] = {}
+            for n, (own, t, y, x) in enumerate(prompt.what):
+                if own == item:
+                    line = x + y % multiple * cols if unit == "row" else x + y * cols + t % multiple * rows * cols
+                    by_line.setdefault(line, []).append(n)
+            score = {line: sum(mass.get(n, 0.0) for n in members) for line, members in by_line.items()}
+            for line in sorted(score, key=lambda entry: (-score[entry], entry))[:wanted]:
+                keys |= set(by_line[line])
+                held += score[line]
+            kept += wanted * -(-frames * rows * cols // size)
+        merit = held / max(total, 1e-30) - min(1.0, kept / max(1, vision))
+        if merit > best_score + 1e-9:
+            best_score, best_keys = merit, keys
+    return best_keys
 
 
 def kept(
-    recipe: dict[str, Any], weights: list[Floats], own: int, prefix: int, what: list[tuple[int, int, int]]
-) -> tuple[set[int], set[int], set[int]]:
-    """(rows, columns, diagonals) of one head.
+    recipe: dict[str, Any], prompt: Prompt, friends: list[int], head: int, queries: str | None, keys: str | None
+) -> Kept:
+    """One recipe for the queries and keys of a class; `friends` share its KV head and recipe, and so its columns."""
+    near = set(range(-(-recipe.get("local", 1) // BUCKET)))
+    kind = recipe["pattern"]
+    if kind == "dense":
+        return Kept(everything=True)
+    if kind == "block_topk":
+        return Kept(blocks=recipe)
+    if kind == "a_shape":
+        return Kept(sink=recipe.get("sink", 128), buckets=near)
+    own = prompt.of(queries, prompt.prefix)
+    everything = list(range(prompt.keys))
+    if kind == "vertical_slash":
+        rows = own[-recipe.get("last_q", 64) :]
+        column = sum((prompt.weights(f, rows, everything).mean(0) for f in friends), np.zeros(prompt.keys))
+        allowed = prompt.of(keys)
+        column = column[allowed] / len(friends)
+        sink = {i for i, n in enumerate(allowed) if n < recipe.get("sink", 30)}
+        coverage = recipe.get("coverage")
+        columns = {allowed[i] for i in best(column, recipe.get("columns", 1000), coverage, sink)}
+        bucket = np.zeros(-(-prompt.keys // BUCKET))
+        for row, weight in zip(rows, prompt.weights(head, rows, everything), strict=True):
+            for n in range(row + 1):
+                bucket[(row - n) // BUCKET] += weight[n]
+        near = {b for b in near if b < len(bucket)}
+        return Kept(
+            columns=columns,
+            buckets=best(bucket / bucket.max(), -(-recipe.get("slashes", 4096) // BUCKET), coverage, near),
+        )
+    assert kind == "grid"
+    text, chosen = set(prompt.of("text")), set[int]()
+    grid_columns: set[int] | None = None
+    grid_rows: set[int] = set()
+    vision = prompt.of("vision")
+    if vision and keys != "text":
+        frame = max(rows * cols for _, rows, cols in prompt.grids)
+        rows = own[-min(max(recipe.get("last_q", 64), frame), 1024) :]
+        mass = sum((prompt.weights(f, rows, vision).sum(0) for f in friends), np.zeros(len(vision)))
+        chosen = lines(recipe, prompt, dict(zip(vision, mass.tolist(), strict=True)))
+        if recipe.get("vertical", True):
+            grid_columns = chosen
+        if recipe.get("horizontal", True):
+            grid_rows = chosen
+    if recipe.get("text", True) and text:
+        if keys != "vision":
+            grid_columns = (grid_columns or set()) | text
+        if keys is None and queries != "vision":
+            grid_rows = grid_rows | text
+    return Kept(sink=recipe.get("sink", 128), columns=grid_columns, buckets=near, rows=grid_rows & set(own))
 
-    Args:
-        recipe: as in YAML.
-        weights: attention of the probe queries [L, Nk], one array for each head that shares this head's KV head.
-        own: this head's place in that list.
-        what: (item or -1, index of the token in its frame, column x) of each position.
-    """
-    keys = len(what)
-    everything = set(range(keys))
-    near = set(range(min(recipe.get("local", 1), keys)))
-    sink = set(range(min(recipe.get("sink", 0), keys)))
-    if recipe["pattern"] == "dense":
-        return everything, set(), set()
-    if recipe["pattern"] == "a_shape":
-        return set(), sink, near
-    column = sum(w.mean(0) for w in weights) / len(weights)
-    assert isinstance(column, np.ndarray)
-    if recipe["pattern"] == "vertical_slash":
-        diagonal = np.zeros(keys)
-        for index, w in enumerate(weights[own]):
-            position = keys - len(weights[own]) + index
-            for j in range(position + 1):
-                diagonal[position - j] += w[j]
-        return set(), best(column, recipe["columns"], sink), best(diagonal, recipe["slashes"], near)
-    assert recipe["pattern"] == "grid"
-    lines: dict[tuple[int, int], float] = {}
-    name = {}
-    for j, (item, place, x) in enumerate(what):
-        if item >= 0:
-            name[j] = (item, place if recipe["stride"] == "frame" else x)
-            lines[name[j]] = lines.get(name[j], 0.0) + float(column[j])
-    chosen = set()
-    for item in {i for i, _ in lines}:
-        ranked = sorted((line for line in lines if line[0] == item), key=lambda line: -lines[line])
-        chosen |= set(ranked[: recipe["lines"]])
-    text = {j for j in range(keys) if what[j][0] < 0}
-    on_line = {j for j in name if name[j] in chosen}
-    columns = sink | text | (on_line if recipe["vertical"] else set())
-    rows = {i for i in text | (on_line if recipe["horizontal"] else set()) if i >= prefix}
-    return rows, columns, near
+
+def tiled(prompt: Prompt, head: int, parts: list[tuple[str | None, Kept]], q_order: list[int]) -> dict[int, Bools]:
+    """Row by row what a group attends: its kept keys rounded outward to tiles of its key order."""
+    segments: list[list[int]] = []
+    if len(parts) == 1 and parts[0][0] is None and parts[0][1].columns is None:
+        kept = parts[0][1]
+        sink = 0 if kept.everything else min(-(-kept.sink // TILE) * TILE, prompt.keys)
+        segments = [list(range(sink)), list(range(sink, prompt.keys))]
+    else:
+        columns: set[int] = set()
+        for name, kept in parts:
+            members = set(prompt.of(name))
+            columns |= members if kept.everything else {n for n in members if n < kept.sink}
+            columns |= members & (kept.columns or set())
+        segments = [sorted(columns)] + [[n for n in prompt.of(name) if n not in columns] for name, _ in parts]
+    out = {i: np.zeros(prompt.keys, dtype=bool) for i in q_order}
+    for a in range(0, len(q_order), TILE):
+        q_tile = q_order[a : a + TILE]
+        low, high = min(q_tile), max(q_tile)
+        for s, members in enumerate(segments):
+            part = parts[s - 1][1] if s else Kept(everything=True)
+            tiles = [members[b : b + TILE] for b in range(0, len(members), TILE)]
+            wanted = set(range(len(tiles)))
+            if part.blocks is not None:
+                wanted = top_blocks(prompt, head, part.blocks, q_tile, tiles)
+            for number, tile_keys in enumerate(tiles):
+                if part.buckets is not None and not any(
+                    low - BUCKET * b - BUCKET + 1 <= j <= high - BUCKET * b for b in part.buckets for j in tile_keys
+                ):
+                    continue
+                if part.everything and s and len(segments) > 2:  # its keys stand among the columns
+                    continue
+                if number in wanted:
+                    for i in q_tile:
+                        out[i][[j for j in tile_keys if j <= i]] = True
+    return out
 
 
-def kept_by_head(
-    recipes: list[dict[str, Any]],
-    q: Floats,
-    k: Floats,
-    prefix: int,
-    scale: float,
-    coordinates: list[list[int]],
-    cols: list[int],
-) -> list[tuple[set[int], set[int], set[int]]]:
-    """`kept` of every query head; heads share an estimate if they share a KV head and a recipe.
+def top_blocks(
+    prompt: Prompt, head: int, recipe: dict[str, Any], q_tile: list[int], tiles: list[list[int]]
+) -> set[int]:
+    """Key tiles of best pooled or antidiagonal score for one query tile."""
+    stride = 16 if recipe.get("score") == "antidiagonal" else 1
+    share = prompt.q.shape[1] // prompt.k.shape[1]
+    reached = [n for n, tile in enumerate(tiles) if tile[0] <= max(q_tile)]
+    score = []
+    for n in reached:
+        total = 0.0
+        for r in range(stride):
+            qs = [i for at, i in enumerate(q_tile) if at % stride == r]
+            ks = [j for at, j in enumerate(tiles[n]) if at % stride == stride - 1 - r]
+            if qs and ks:
+                mean_q = prompt.q[[i - prompt.prefix for i in qs], head].mean(0)
+                total += float(mean_q @ prompt.k[ks, head // share].mean(0))
+        score.append(total * prompt.scale / stride)
+    weight = np.exp(np.array(score) - max(score, default=0.0))
+    local = -(-recipe.get("local", 256) // TILE)
+    forced = set(range(min(-(-recipe.get("sink", 128) // TILE), len(reached))))
+    forced |= set(range(max(0, len(reached) - local), len(reached)))
+    return best(weight, recipe.get("blocks", 64), recipe.get("coverage"), forced, graded=False)
 
-    Args:
-        recipes: one a query head.
-        q: [Nq, H, D]; k: [Nk, Hkv, D].
-        coordinates: (item or -1, row y, column x) of each position.
-        cols: columns of each item's grid.
-    """
-    what = [(item, y * cols[item] + x if item >= 0 else -1, x) for item, y, x in coordinates]
-    group = q.shape[1] // k.shape[1]
-    weights = [attention(q[:, h], k[:, h // group], prefix, scale) for h in range(len(recipes))]
+
+def attended_by_head(recipes: list[dict[str, Any]], prompt: Prompt) -> list[Bools]:
+    """The mask of every query head; heads share an estimate if they share a KV head and a recipe."""
+    share = prompt.q.shape[1] // prompt.k.shape[1]
     out = []
     for head, recipe in enumerate(recipes):
-        friends = [h for h in range(len(recipes)) if h // group == head // group and recipes[h] == recipe]
-        probes = [weights[h][-recipe.get("last_q", 1) :] for h in friends]
-        out.append(kept(recipe, probes, friends.index(head), prefix, what))
+        friends = [h for h in range(len(recipes)) if h // share == head // share and recipes[h] == recipe]
+        out.append(_attended(recipe, prompt, friends, head))
     return out
+
+
+def _attended(recipe: dict[str, Any], prompt: Prompt, friends: list[int], head: int) -> Bools:
+    boundary = recipe.get("boundary", "none")
+    plain = {key: value for key, value in recipe.items() if key != "boundary"}
+    mask: dict[int, Bools] = {}
+    classes: list[str | None] = [None]
+    if boundary in ("q", "2d"):
+        classes = [c for c in CLASSES if prompt.of(c, prompt.prefix)]
+        classes.sort(key=lambda c: -len(prompt.of(c, prompt.prefix)))
+    for turn, name in enumerate(classes):
+        key_classes = [c for c in CLASSES if prompt.of(c)] if boundary in ("k", "2d") else [None]
+        parts = []
+        for key in key_classes:
+            part = f"{name}->{key}" if boundary == "2d" else (name if boundary == "q" else key)
+            own = recipe["parts"][part] if "parts" in recipe else plain
+            parts.append((key, kept(own, prompt, friends, head, name, key)))
+        # the commoner class runs in place, over all rows; the other's rows come after and replace theirs
+        q_order = prompt.of(name if turn else None, prompt.prefix)
+        mask |= tiled(prompt, head, parts, q_order)
+        for i in set().union(*(part.rows for _, part in parts)):
+            mask[i] = np.arange(prompt.keys) <= i
+    return np.stack([mask[i] for i in range(prompt.prefix, prompt.keys)])

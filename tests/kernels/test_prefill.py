@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import brute_force
 import numpy as np
 import pytest
 import torch
+from recipes import ITEMS, PATTERNS, RECIPES, SHAPES, relative_error
 
 from mm_sglang.kernels.engines import engine
-from mm_sglang.kernels.layout import IMAGE, VIDEO, TokenLayout, consume_grids
+from mm_sglang.kernels.inspection import attended, check
+from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
+from mm_sglang.kernels.ops import reference_ops, triton_ops
 from mm_sglang.kernels.patterns import Dense, head_pattern
-from mm_sglang.kernels.plan import Plan
+from mm_sglang.kernels.patterns.boundary import NAMES
+from mm_sglang.kernels.plan import TileLists
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 
 REFERENCE = engine("reference")
+OPS = {"cpu": reference_ops, "cuda": triton_ops}  # the GPU twins must attend the very same sets
 HEAD_DIM, SCALE = 16, 0.7  # a scale that peaks the weights, so that budgets mean something
-
-# Text, an image, a video of one span, text, a Qwen3-VL video (a span a frame, timestamps between), text.
-ITEMS = (
-    *consume_grids(IMAGE, [(1, 8, 12)], [(20, 44)], 2),
-    *consume_grids(VIDEO, [(6, 10, 14)], [(50, 260)], 2),
-    *consume_grids(VIDEO, [(5, 8, 8)], [(270, 286), (290, 306), (310, 326), (330, 346), (350, 366)], 2),
-)
-RECIPES: dict[str, dict[str, Any]] = {
-    "dense": {"pattern": "dense"},
-    "a_shape": {"pattern": "a_shape", "sink": 5, "local": 40},
-    "vertical_slash": {"pattern": "vertical_slash", "columns": 37, "slashes": 9, "sink": 3, "local": 4, "last_q": 17},
-    "grid_frame": {
-        "pattern": "grid", "stride": "frame", "lines": 3, "vertical": True, "horizontal": True,
-        "sink": 4, "local": 20, "last_q": 64,
-    },
-    "grid_row_vertical": {
-        "pattern": "grid", "stride": "row", "lines": 1, "vertical": True, "horizontal": False,
-        "sink": 0, "local": 1, "last_q": 5,
-    },
-    "grid_horizontal": {
-        "pattern": "grid", "stride": "frame", "lines": 2, "vertical": False, "horizontal": True,
-        "sink": 0, "local": 30, "last_q": 33,
-    },
-}  # fmt: skip
-# (prefix, queries): whole prompts of odd lengths, one tile and less, chunks that start and end inside a frame,
-# a radix hit that leaves a few tokens, one query.
-SHAPES = [(0, 1), (0, 77), (0, 128), (0, 611), (100, 129), (256, 355), (300, 7), (610, 1)]
 
 
 def tensors(prefix: int, queries: int, heads: int, kv_heads: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -53,15 +32,12 @@ def tensors(prefix: int, queries: int, heads: int, kv_heads: int, seed: int) -> 
     return q, k, v
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def expected(recipes: list[dict[str, Any]], q: torch.Tensor, k: torch.Tensor, prefix: int) -> list[Any]:
-    """Brute-force kept sets of each head."""
-    coordinates = TokenLayout(items=ITEMS, length=len(k)).coordinates[[1, 3, 4]].T.tolist()
-    cols = [item.cols for item in ITEMS]
-    return brute_force.kept_by_head(recipes, q.double().numpy(), k.double().numpy(), prefix, SCALE, coordinates, cols)
+def expected(recipes: list[dict[str, Any]], q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """Brute-force mask of each head."""
+    what = [tuple(c) for c in TokenLayout(items=ITEMS, length=len(k)).coordinates[1:].T.tolist()]
+    grids = [(item.frames, item.rows, item.cols) for item in ITEMS if item.spans[0][0] < len(k)]
+    prompt = brute_force.Prompt(q=q.double().numpy(), k=k.double().numpy(), scale=SCALE, what=what, grids=grids)
+    return [torch.from_numpy(mask) for mask in brute_force.attended_by_head(recipes, prompt)]
 
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -74,12 +50,12 @@ def test_attended_set_is_the_brute_force_mask(name: str, prefix: int, queries: i
     recipe = RECIPES[name]
     q, k, _ = tensors(prefix, queries, heads=6, kv_heads=2, seed=prefix + queries)
     layout = TokenLayout(items=ITEMS, length=prefix + queries, device=device)
-    plan = make_plan(q.to(device), k.to(device), layout=layout, patterns=[head_pattern(recipe)] * 6, scale=SCALE)
-    plan.check()
-    for head, sets in enumerate(expected([recipe] * 6, q, k, prefix)):
-        attended = plan.attended(head).numpy()
-        np.testing.assert_array_equal(attended, brute_force.tiled(queries, prefix, *sets))
-        assert not (brute_force.token_set(queries, prefix, *sets) & ~attended).any()
+    plan = make_plan(
+        q.to(device), k.to(device), layout=layout, patterns=[head_pattern(recipe)] * 6, scale=SCALE, ops=OPS[device]()
+    )
+    check(plan)
+    for head, mask in enumerate(expected([recipe] * 6, q, k)):
+        np.testing.assert_array_equal(attended(plan, head).numpy(), mask.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -92,7 +68,7 @@ def test_half_precision_loses_no_more_than_pytorch_does(dtype: torch.dtype) -> N
     )  # fmt: skip
     assert out.dtype == dtype
     for head in range(len(recipes)):
-        kv, mask = head // (len(recipes) // 2), plan.attended(head)
+        kv, mask = head // (len(recipes) // 2), attended(plan, head)
         weights = (q[:, head].double() @ k[:, kv].double().T * SCALE).masked_fill(~mask, float("-inf")).softmax(-1)
         want = weights @ v[:, kv].double()
         torchs = torch.nn.functional.scaled_dot_product_attention(
@@ -114,10 +90,9 @@ def test_engine_is_the_softmax_over_the_attended_set(
         q.to(device), k.to(device), v.to(device),
         layout=layout, patterns=[head_pattern(r) for r in recipes], scale=SCALE, engine=REFERENCE,
     )  # fmt: skip
-    plan.check()
+    check(plan)
     out, lse = out.cpu(), lse.cpu()
-    for head, sets in enumerate(expected(recipes, q, k, prefix)):
-        mask = torch.from_numpy(brute_force.tiled(queries, prefix, *sets))
+    for head, mask in enumerate(expected(recipes, q, k)):
         logits = (q[:, head].double() @ k[:, head // (heads // kv_heads)].double().T) * SCALE
         logits = logits.masked_fill(~mask, float("-inf"))
         want = logits.softmax(-1) @ v[:, head // (heads // kv_heads)].double()
@@ -130,71 +105,113 @@ def test_engine_is_the_softmax_over_the_attended_set(
         assert relative_error(lse[:, head], logits.logsumexp(-1)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_budgets_that_cover_everything_are_dense(name: str) -> None:
-    whole = {"columns": 10**6, "slashes": 10**6, "local": 10**6, "lines": 10**6}
-    recipe = {key: whole.get(key, value) for key, value in RECIPES[name].items()}
+    whole = {"columns": 10**6, "slashes": 10**6, "local": 10**6, "lines": 10**6, "blocks": 10**6}
+    recipe = {key: whole.get(key, value) for key, value in PATTERNS[name].items() if key != "coverage"}
     q, k, v = tensors(130, 300, heads=4, kv_heads=2, seed=5)
     common = {"layout": TokenLayout(items=ITEMS, length=430), "scale": SCALE, "engine": REFERENCE}
     out, lse, plan = sparse_prefill(q, k, v, patterns=[head_pattern(recipe)] * 4, **common)  # type: ignore[arg-type]
     dense, dense_lse, _ = sparse_prefill(q, k, v, patterns=[Dense()] * 4, **common)  # type: ignore[arg-type]
     causal = torch.ones(300, 430, dtype=torch.bool).tril(130)
-    assert all(torch.equal(plan.attended(h), causal) for h in range(4))
+    assert all(torch.equal(attended(plan, h), causal) for h in range(4))
     torch.testing.assert_close(out, dense)
     torch.testing.assert_close(lse, dense_lse)
 
 
-def test_grid_finds_the_planted_phase() -> None:
-    """A head that looks at one place of every frame: that place's keys are kept, and few others."""
-    layout = TokenLayout(
-        items=tuple(consume_grids(VIDEO, [(40, 14, 28)], [(10, 10 + 40 * 98)], 2)), length=10 + 40 * 98
-    )
+def planted_grid(stride: str, on: torch.Tensor, layout: TokenLayout) -> Any:
+    """The plan of a head that looks at the keys `on` ([N] bool), and its attended set."""
     q, k, _ = tensors(0, layout.length, heads=2, kv_heads=1, seed=3)
     direction = torch.nn.functional.normalize(torch.randn(HEAD_DIM, generator=torch.Generator().manual_seed(0)), dim=0)
-    planted = (layout.item >= 0) & (layout.y == 3) & (layout.x == 5)
-    q, k = q + 6 * direction, k + 6 * planted[:, None, None] * direction
-    recipe = {"pattern": "grid", "lines": 1, "sink": 16, "local": 64, "horizontal": False}
-    plan = make_plan(q, k, layout=layout, patterns=[head_pattern(recipe)] * 2, scale=HEAD_DIM**-0.5)
-    attended = plan.attended(0)
-    causal = torch.ones_like(attended).tril()
-    assert torch.equal(attended[:, planted], causal[:, planted])
+    q, k = q + 6 * direction, k + 6 * on[:, None, None] * direction
+    recipe = {"pattern": "grid", "stride": stride, "lines": 1, "sink": 16, "local": 64, "horizontal": False}
+    plan = make_plan(
+        q, k, layout=layout, patterns=[head_pattern(recipe)] * 2, scale=HEAD_DIM**-0.5, ops=reference_ops()
+    )
+    return plan, attended(plan, 0)
+
+
+LONG = TokenLayout(items=tuple(consume_grids(VIDEO, [(40, 14, 28)], [(10, 10 + 40 * 98)], 2)), length=10 + 40 * 98)
+
+
+def test_grid_finds_the_planted_phase() -> None:
+    """A head that looks at one place of every frame: that place's keys are kept, and few others."""
+    planted = (LONG.item >= 0) & (LONG.y == 3) & (LONG.x == 5)
+    plan, seen = planted_grid("frame", planted, LONG)
+    causal = torch.ones_like(seen).tril()
+    assert torch.equal(seen[:, planted], causal[:, planted])
     # a row of tiles: one tile of columns (40 frames, 16 sink and 10 text keys), and two or three along the diagonal
+    lists = plan.groups[0].lists()
+    assert int((lists.full_count + lists.partial_count).max()) <= 4
+
+
+@pytest.mark.parametrize(
+    "name, on",
+    [
+        ("one place of every frame", (LONG.y == 3) & (LONG.x == 5)),
+        ("one place of every second frame", (LONG.y == 3) & (LONG.x == 5) & (LONG.t % 2 == 1)),
+        ("one place of every row", LONG.x == 5),
+        ("one place of every second row", (LONG.x == 5) & (LONG.y % 2 == 1)),
+    ],
+)
+def test_grid_finds_the_planted_stride(name: str, on: torch.Tensor) -> None:
+    planted = (LONG.item >= 0) & on
+    plan, _ = planted_grid("auto", planted, LONG)
     group = plan.groups[0]
-    assert int((group.full_count + group.partial_count).max()) <= 4
+    columns = group.k_positions()[0, : int(group.start[0, 1])]
+    columns = columns[columns < LONG.length].long()
+    rest = columns[(columns >= 16) & (LONG.item[columns] >= 0)]
+    assert torch.equal(rest, torch.where(planted)[0][torch.where(planted)[0] >= 16])
 
 
 def test_a_query_without_visible_keys_gives_zero_and_minus_infinity() -> None:
-    q, k, v = tensors(0, 200, heads=1, kv_heads=1, seed=1)
-    plan = make_plan(q, k, layout=TokenLayout(items=(), length=200), patterns=[Dense()], scale=SCALE)
-    group = plan.groups[0]
-    group.full_count[0, 1] = group.partial_count[0, 1] = 0  # the second row of tiles sees nothing now
-    out, lse = REFERENCE.attend(q, k, v, plan, SCALE)
-    assert torch.equal(out[128:], torch.zeros(72, 1, HEAD_DIM))
-    assert (lse[128:] == float("-inf")).all()
-    assert out[:128].isfinite().all() and lse[:128].isfinite().all()
+    """In a 2d boundary a text query at the prompt's start may have no vision key, and here no text key either."""
+    nothing = {"pattern": "a_shape", "sink": 0, "local": 1}
+    layout = TokenLayout(items=tuple(consume_grids(VIDEO, [(2, 16, 16)], [(200, 328)], 2)), length=400)
+    q, k, v = tensors(0, 400, heads=1, kv_heads=1, seed=1)
+    pattern = head_pattern({"boundary": "2d", "parts": dict.fromkeys(NAMES["2d"], nothing)})
+    plan = make_plan(q, k, layout=layout, patterns=[pattern], scale=SCALE, ops=reference_ops())
+    blind = [n for n in range(400) if not attended(plan, 0)[n].any()]
+    out, lse, _ = sparse_prefill(q, k, v, layout=layout, patterns=[pattern], scale=SCALE, engine=REFERENCE)
+    assert out.isfinite().all() and not lse.isnan().any()
+    assert (lse[blind] == float("-inf")).all() and not out[blind].any()
+    emptied = replace(plan.groups[0], tile_lists=lambda *a: empty(reference_ops().tile_lists(*a)))
+    out, lse = torch.full_like(q, float("nan")), torch.full((1, 400), float("nan"))
+    REFERENCE.attend(q, k, v, None, emptied, SCALE, out, lse)
+    assert not out.any() and (lse == float("-inf")).all()
+
+
+def empty(lists: TileLists) -> TileLists:
+    return replace(
+        lists, full_count=torch.zeros_like(lists.full_count), partial_count=torch.zeros_like(lists.partial_count)
+    )
 
 
 def broken_plans() -> list[Any]:
-    def swap(plan: Plan) -> None:
-        plan.groups[0].k_order[0, 0] = 1
+    def twice(order: torch.Tensor, lists: TileLists) -> None:
+        order[0, 0] = 1
 
-    def repeat(plan: Plan) -> None:
-        plan.groups[0].full_index[0, 1, 0] = plan.groups[0].partial_index[0, 1, 0]
+    def repeat(order: torch.Tensor, lists: TileLists) -> None:
+        lists.full_index[0, 1, 0] = lists.partial_index[0, 1, 0]
 
-    def future(plan: Plan) -> None:
-        plan.groups[0].full_index[0, 1, 0] = 2
+    def future(order: torch.Tensor, lists: TileLists) -> None:
+        lists.full_index[0, 1, 0] = 2
 
-    return [(swap, "k_order"), (repeat, "full_index"), (future, "full_index")]
+    return [(twice, "k_order"), (repeat, "full_index"), (future, "full_index")]
 
 
 @pytest.mark.parametrize("damage, message", broken_plans())
-def test_plan_check_refuses(damage: Any, message: str) -> None:
+def test_check_refuses_a_broken_plan(damage: Any, message: str) -> None:
     q, k, _ = tensors(0, 400, heads=1, kv_heads=1, seed=1)
-    plan = make_plan(q, k, layout=TokenLayout(items=(), length=400), patterns=[Dense()], scale=SCALE)
-    plan.check()
-    damage(plan)
+    plan = make_plan(
+        q, k, layout=TokenLayout(items=(), length=400), patterns=[Dense()], scale=SCALE, ops=reference_ops()
+    )
+    check(plan)
+    order, lists = plan.groups[0].k_positions().clone(), plan.groups[0].lists()
+    damage(order, lists)
+    group = replace(plan.groups[0], k_order=order, tile_lists=lambda *_: lists)
     with pytest.raises(ValueError, match=message):
-        plan.check()
+        check(replace(plan, groups=(group,)))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +236,9 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], message: str
         sparse_prefill(**(arguments | change))
 
 
-def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match="engine='fa4': needs one of"):
-        engine("fa4")
+def test_an_engine_that_is_unknown_or_can_not_run_here_is_refused() -> None:
+    with pytest.raises(ValueError, match="engine='fa5': needs one of"):
+        engine("fa5")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="engine='fa4' can't run here: no CUDA device"):
+            engine("fa4")

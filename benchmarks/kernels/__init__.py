@@ -1,0 +1,1 @@
+"""Sparse prefill kernels against dense ones and MInference: `python -m benchmarks.kernels`."""

@@ -1,0 +1,173 @@
+"""GPU twin of estimate/reference.py in Triton: two passes over the keys, nothing of size queries x keys is stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mm_sglang.kernels.plan import BUCKET, device_ints
+
+ROWS = 64  # sampled queries of a block: one tensor-core tile
+LOG2E = 1.4426950408889634
+
+
+# fmt: off
+@triton.jit
+def _load_keys(k_ptr, slots_ptr, kpos_ptr, kv, key, live, k_row, k_head, HAS_SLOTS: tl.constexpr,
+               HAS_KPOS: tl.constexpr, D: tl.constexpr):
+    """Keys as [D, n], and their positions."""
+    dim = tl.arange(0, D)
+    pos = tl.load(kpos_ptr + key, mask=live, other=0) if HAS_KPOS else key
+    at = tl.load(slots_ptr + pos, mask=live, other=0) if HAS_SLOTS else pos
+    k = tl.load(k_ptr + at[None, :].to(tl.int64) * k_row + kv * k_head + dim[:, None], mask=live[None, :], other=0.0)
+    return k, pos
+
+
+@triton.jit
+def _load_queries(q_ptr, rows_ptr, head, block, count, q_row, q_head, D: tl.constexpr, ROWS: tl.constexpr):
+    """Sampled queries as [ROWS, D], and their rows; -1 for none, and for all of a filler head."""
+    at = block * ROWS + tl.arange(0, ROWS)
+    rows = tl.load(rows_ptr + at, mask=at < tl.where(head >= 0, count, 0), other=-1)
+    dim = tl.arange(0, D)
+    where = tl.maximum(rows, 0)[:, None].to(tl.int64) * q_row + tl.maximum(head, 0) * q_head + dim[None, :]
+    return tl.load(q_ptr + where, mask=(rows >= 0)[:, None], other=0.0), rows
+
+
+@triton.jit
+def _logits(q, k, rows, pos, live_key, prefix, factor):
+    """Causally masked base-2 logits."""
+    s = tl.dot(q, k, input_precision="ieee") * factor
+    seen = (pos[None, :] <= (rows + prefix)[:, None]) & live_key[None, :] & (rows >= 0)[:, None]
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _row_stats(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, top_ptr, sum_ptr, count, sampled, prefix,
+               factor, q_row, q_head, k_row, k_head, g, per_split, splits, HAS_SLOTS: tl.constexpr,
+               HAS_KPOS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Running maximum and sum of every sampled query over one split of the keys. Heads run fastest: they share keys."""
+    member, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv = tl.load(kv_ptr + member // g)
+    q, rows = _load_queries(q_ptr, rows_ptr, tl.load(heads_ptr + member), block, count, q_row, q_head, D, ROWS)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for offset in range(0, per_split, BLOCK):
+        key = split * per_split + offset + tl.arange(0, BLOCK)
+        k, pos = _load_keys(k_ptr, slots_ptr, kpos_ptr, kv, key, key < sampled, k_row, k_head, HAS_SLOTS, HAS_KPOS, D)
+        s = _logits(q, k, rows, pos, key < sampled, prefix, factor)
+        new = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+        top = new
+    out = ((member * tl.num_programs(1) + block) * ROWS + tl.arange(0, ROWS)) * splits + split
+    tl.store(top_ptr + out, top)
+    tl.store(sum_ptr + out, total)
+
+
+@triton.jit
+def _combine(top_ptr, sum_ptr, lse_ptr, splits, SPLITS: tl.constexpr):
+    """Base-2 log-sum-exp of one row over its splits; +inf for a row that saw nothing, so that its weights are 0."""
+    row = tl.program_id(0)
+    at = tl.arange(0, SPLITS)
+    top = tl.load(top_ptr + row * splits + at, mask=at < splits, other=-1e30)
+    total = tl.load(sum_ptr + row * splits + at, mask=at < splits, other=0.0)
+    high = tl.max(top, 0)
+    total = tl.sum(total * tl.exp2(top - high), 0)
+    tl.store(lse_ptr + row, tl.where(total > 0, high + tl.log2(tl.maximum(total, 1e-38)), float("inf")))
+
+
+@triton.jit
+def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_ptr, columns_ptr, buckets_ptr, count,
+          sampled, prefix, factor, share, q_row, q_head, k_row, k_head, g, blocks, number, shift,
+          HAS_SLOTS: tl.constexpr, HAS_KPOS: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+          BLOCK: tl.constexpr, BUCKET: tl.constexpr):
+    """Column sums of one block of keys over all heads and queries of a KV head; a few atomics a tile for buckets."""
+    r = tl.program_id(1)
+    kv = tl.load(kv_ptr + r)
+    key = tl.program_id(0) * BLOCK - shift + tl.arange(0, BLOCK)
+    live_key = (key >= 0) & (key < sampled)
+    k, pos = _load_keys(k_ptr, slots_ptr, kpos_ptr, kv, key, live_key, k_row, k_head, HAS_SLOTS, HAS_KPOS, D)
+    column = tl.zeros([BLOCK], tl.float32)
+    real = 0
+    lane = tl.arange(0, BLOCK)
+    for turn in range(0, g * blocks):
+        i = turn // blocks
+        block = turn % blocks
+        head = tl.load(heads_ptr + r * g + i)
+        real += ((head >= 0) & (block == 0)).to(tl.int32)
+        q, rows = _load_queries(q_ptr, rows_ptr, head, block, count, q_row, q_head, D, ROWS)
+        lse = tl.load(lse_ptr + ((r * g + i) * blocks + block) * ROWS + tl.arange(0, ROWS))
+        p = tl.exp2(_logits(q, k, rows, pos, live_key, prefix, factor) - lse[:, None])
+        whole = tl.sum(p, 0)
+        column += whole
+        base = (r * g + i) * number
+        if ALIGNED:
+            # Rows are consecutive positions and (row 0 - key 0) is a multiple of BUCKET, so key j of a run of BUCKET
+            # is in that bucket for rows i >= j and in the next nearer one for the others.
+            upper = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] >= (lane % BUCKET)[None, :], p, 0.0), 0)
+            top = (tl.load(rows_ptr + block * ROWS) + prefix - tl.program_id(0) * BLOCK + shift) // BUCKET
+            for half in tl.static_range(BLOCK // BUCKET):
+                inside = lane // BUCKET == half
+                near = tl.sum(tl.where(inside, upper, 0.0), 0)
+                far = tl.sum(tl.where(inside, whole - upper, 0.0), 0)
+                tl.atomic_add(buckets_ptr + base + top - half, near, mask=near > 0)
+                tl.atomic_add(buckets_ptr + base + top - half - 1, far, mask=far > 0)
+        elif not HAS_KPOS:  # all keys, from rows anywhere: whichever buckets the tile runs through
+            at = rows + prefix
+            distance = at[:, None] - pos[None, :]
+            bucket = tl.where(distance >= 0, distance // BUCKET, -1)
+            first = tl.min(tl.where(rows >= 0, at, 2147483647), 0) - tl.max(tl.where(live_key, pos, 0), 0)
+            last = tl.max(tl.where(rows >= 0, at, -1), 0) - tl.program_id(0) * BLOCK
+            low = tl.maximum(first, 0) // BUCKET
+            high = tl.where(last >= 0, last // BUCKET + 1, 0)
+            for b in range(low, high):
+                held = tl.sum(tl.sum(tl.where(bucket == b, p, 0.0), 1), 0)
+                tl.atomic_add(buckets_ptr + base + b, held, mask=held > 0)
+    tl.store(columns_ptr + r.to(tl.int64) * sampled + key, column * share / tl.maximum(real, 1), mask=live_key)
+# fmt: on
+
+
+def sampled_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    slots: torch.Tensor | None,
+    heads: tuple[tuple[int, ...], ...],
+    kv_head: tuple[int, ...],
+    rows: torch.Tensor,
+    prefix: int,
+    keys: int,
+    k_pos: torch.Tensor | None,
+    scale: float,
+    last_row: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As estimate.reference.sampled_mass; buckets stay zero with k_pos, where nobody asks for them."""
+    device, g, count = q.device, len(heads[0]), len(rows)
+    sampled = keys if k_pos is None else len(k_pos)
+    members, blocks = len(heads) * g, max(1, -(-count // ROWS))
+    block = 128 if q.element_size() == 2 else 64
+    splits = min(256, max(1, -(-sampled // 2048)))
+    per_split = -(-sampled // splits)
+    flat = device_ints(tuple(h for row in heads for h in row), device)
+    kv = device_ints(kv_head, device)
+    top = torch.empty(members * blocks * ROWS * splits, device=device)
+    total, lse = torch.empty_like(top), torch.empty(members * blocks * ROWS, device=device)
+    columns = torch.empty(len(heads), sampled, device=device)
+    number = -(-keys // BUCKET)
+    buckets = torch.zeros(members, number, device=device)
+    per_split = -(-per_split // block) * block
+    flags = dict(HAS_SLOTS=slots is not None, HAS_KPOS=k_pos is not None, D=q.shape[2], ROWS=ROWS, BLOCK=block)
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), g)
+    tensors = (q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, flat, kv)
+    _row_stats[(members, blocks, splits)](
+        *tensors, top, total, count, sampled, prefix, scale * LOG2E, *strides, per_split, splits, **flags, num_warps=4
+    )
+    _combine[(members * blocks * ROWS,)](top, total, lse, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    share = 1.0 / max(1, count)
+    # A run of consecutive rows: key blocks are shifted so that every one starts a bucket away from row 0.
+    aligned = k_pos is None and last_row is not None
+    shift = -(prefix + last_row - count + 1) % BUCKET if aligned and last_row is not None else 0
+    _mass[(-(-(sampled + shift) // block), len(heads))](
+        *tensors, lse, columns, buckets, count, sampled, prefix, scale * LOG2E, share, *strides, blocks, number, shift,
+        **flags, ALIGNED=aligned, BUCKET=BUCKET, num_warps=4,
+    )  # fmt: skip
+    return columns, buckets

@@ -1,0 +1,153 @@
+"""GPU twin of select/blocks_reference.py in Triton, straight into tile lists: scores in slices, no sort, no top-k."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mm_sglang.kernels.plan import TILE, HeadGroup, TileLists, device_ints
+
+SCRATCH = 128 << 20  # bytes of scores at once
+ROWS, COLUMNS = 128, 128  # query and key tiles of a block of scores
+
+
+# fmt: off
+@triton.jit
+def _hulls(limits_ptr, start_ptr, reached_ptr, whole_ptr, s, segments, first, rows, TILE: tl.constexpr):
+    """Tiles (of the whole order) below `whole` are seen by every row of a query tile, those below `reached` by some."""
+    m, r = tl.program_id(0), tl.program_id(1)
+    at = (first + m) * TILE + tl.arange(0, TILE)
+    limit = tl.load(limits_ptr + (r * segments + s).to(tl.int64) * rows + at)
+    high = tl.max(limit, 0)
+    begin = tl.load(start_ptr + r * (segments + 1) + s)
+    out = r * tl.num_programs(0) + m
+    tl.store(reached_ptr + out, tl.where(high > begin, (high + TILE - 1) // TILE, begin // TILE))
+    tl.store(whole_ptr + out, tl.min(tl.where(limit < 0, 2147483647, limit), 0) // TILE)
+
+
+@triton.jit
+def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segments, g, first, tiles, q_tiles, k_tiles,
+            all_tiles, skip, pitch, scale, E: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+            COLUMNS: tl.constexpr, TILE: tl.constexpr):
+    """Scores of a block of query and key tiles of one head; blocks that nobody reaches are left as they are."""
+    block, member = tl.program_id(1), tl.program_id(2)
+    r = member // g
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = block * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tl.load(start_ptr + r * (segments + 1) + s) // TILE
+    reached = tl.max(tl.load(reached_ptr + r * all_tiles + skip + m, mask=m < tiles, other=0), 0) - begin
+    reached = tl.where(tl.load(heads_ptr + member) < 0, 0, reached)
+    if block * COLUMNS < reached:
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for offset in range(0, E, STEP):
+            e = offset + tl.arange(0, STEP)
+            q_row = (member.to(tl.int64) * q_tiles + first + m) * E
+            q = tl.load(q_ptr + q_row[:, None] + e[None, :], mask=(m < tiles)[:, None], other=0.0)
+            k_row = (r.to(tl.int64) * k_tiles + n) * E
+            k = tl.load(k_ptr + k_row[None, :] + e[:, None], mask=(n < k_tiles)[None, :], other=0.0)
+            total += tl.dot(q, k, input_precision="ieee")  # fp32 inputs would be rounded to tf32 otherwise
+        out = (member.to(tl.int64) * tiles + m)[:, None] * pitch + n[None, :]
+        tl.store(out_ptr + out, total * scale, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
+
+
+@triton.jit
+def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_ptr, full_ptr, partial_count_ptr,
+            partial_ptr, s, segments, g, k_tiles, all_tiles, skip, pitch, keep, coverage, sink, local, width,
+            partial_width, HAS_COVERAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """One query tile of one head: bisect for the threshold in the scores' bits, then append in ascending order."""
+    m, member = tl.program_id(0), tl.program_id(1)
+    r = member // g
+    begin = tl.load(start_ptr + r * (segments + 1) + s) // TILE
+    seen = tl.load(reached_ptr + r * all_tiles + skip + m) - begin
+    seen = tl.where(tl.load(heads_ptr + member) < 0, 0, tl.minimum(seen, k_tiles))
+    n = tl.arange(0, BLOCK)
+    visible = n < seen
+    # The mask is not `visible`: `pitch` is a multiple of 16, so loads stay wide; what was never written is dropped.
+    score = tl.load(score_ptr + (member.to(tl.int64) * tl.num_programs(0) + m) * pitch + n, mask=n < pitch, other=0.0)
+    score = tl.where(visible, tl.where(score == 0.0, 0.0, score), float("-inf"))  # -0.0 is no less than 0.0
+    forced = visible & ((n < sink) | (n >= seen - local))
+    free = visible & (forced == 0)
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered like the scores
+    key = tl.where(free, key, -2147483648)  # below every score's
+    room = tl.maximum(keep - tl.sum(forced.to(tl.int32), 0), 0)
+    if HAS_COVERAGE:
+        mass = tl.exp(score - tl.maximum(tl.max(score, 0), -3.0e38))  # a row without tiles has a maximum of -inf
+        need = coverage * tl.sum(mass, 0) - tl.sum(tl.where(forced, mass, 0.0), 0)
+    # The threshold: the greatest key at or above which there are enough. `low` has enough or is below all keys.
+    low = tl.full([], -2147483648, tl.int32)
+    high = tl.max(key, 0)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
+        above = key >= middle
+        number = tl.sum(above.to(tl.int32), 0)
+        enough = number >= room
+        if HAS_COVERAGE:
+            enough = enough | (tl.sum(tl.where(above, mass, 0.0), 0) >= need)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+        if not HAS_COVERAGE:
+            high = tl.where(number == room, low, high)  # a gap: any threshold in it is as good
+    more = key > low
+    tie = free & (key == low)
+    place = tl.cumsum(tie.to(tl.int32), 0)  # of equal scores the first
+    tie = tie & (place <= room - tl.sum(more.to(tl.int32), 0))
+    if HAS_COVERAGE:
+        held, each = tl.sum(tl.where(more, mass, 0.0), 0), tl.max(tl.where(tie, mass, 0.0), 0)
+        tie = tie & (held + (place - 1).to(tl.float32) * each < need)
+    chosen = forced | more | tie
+    whole = tl.load(whole_ptr + r * all_tiles + skip + m) - begin
+    in_full = tl.sum((chosen & (n < whole)).to(tl.int32), 0)
+    in_all = tl.sum(chosen.to(tl.int32), 0)
+    at = tl.cumsum(chosen.to(tl.int32), 0) - 1  # the full ones come first
+    out = member.to(tl.int64) * all_tiles + skip + m
+    fulls = tl.load(full_count_ptr + out)
+    partials = tl.load(partial_count_ptr + out)
+    full_row, partial_row = full_ptr + out * width + fulls, partial_ptr + out * partial_width + partials
+    tl.store(full_row + at, begin + n, mask=chosen & (n < whole) & (at < width - fulls))
+    at -= in_full
+    tl.store(partial_row + at, begin + n, mask=chosen & (n >= whole) & (at < partial_width - partials))
+    tl.store(full_count_ptr + out, tl.minimum(fulls + in_full, width))
+    tl.store(partial_count_ptr + out, tl.minimum(partials + in_all - in_full, partial_width))
+# fmt: on
+
+
+def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: int) -> None:
+    """Append the tiles that segment s's block scores choose for query tiles [first, last) of every head to `lists`.
+
+    `lists` is of the same query tiles; what does not fit its width is dropped. Segments of up to 32768 tiles.
+    """
+    blocks = group.segments[s].blocks
+    assert blocks is not None
+    device, segments, g, orders = group.limits.device, len(group.segments), len(group.heads[0]), len(group.heads)
+    tiles, k_tiles, size = last - first, blocks.k.shape[1], blocks.q.shape[2]
+    heads = device_ints(tuple(h for row in group.heads for h in row), device)
+    reached, whole = torch.empty(2, orders, tiles, dtype=torch.int32, device=device)
+    _hulls[(tiles, orders)](
+        group.limits, group.start, reached, whole, s, segments, first, group.limits.shape[2], TILE=TILE, num_warps=1
+    )
+    step = max(1, SCRATCH // (4 * orders * g * triton.cdiv(k_tiles, COLUMNS) * COLUMNS))
+    step = step // ROWS * ROWS or step
+    rows = ROWS if min(step, tiles) > ROWS // 2 else ROWS // 2
+    half = blocks.q.element_size() == 2
+    for skip in range(0, tiles, step):
+        own = min(step, tiles - skip)
+        most = k_tiles
+        if group.q_order is None:  # no query tile of this slice sees more keys than there are up to its last position
+            most = min(k_tiles, -(-(group.prefix + (first + skip + own) * TILE) // TILE))
+        pitch = triton.cdiv(most, COLUMNS) * COLUMNS
+        score = torch.empty(orders * g, own, pitch, device=device)
+        _scores[(triton.cdiv(own, rows), triton.cdiv(most, COLUMNS), orders * g)](
+            blocks.q, blocks.k, heads, group.start, reached, score, s, segments, g, first + skip, own,
+            blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale, E=size, STEP=min(64 if half else 32, size),
+            ROWS=rows, COLUMNS=COLUMNS, TILE=TILE, num_warps=rows // 16,
+        )  # fmt: skip
+        block = triton.next_power_of_2(most)
+        _choose[(own, orders * g)](
+            score, heads, group.start, reached, whole, lists.full_count, lists.full_index, lists.partial_count,
+            lists.partial_index, s, segments, g, k_tiles, tiles, skip, pitch, blocks.keep,
+            0.0 if blocks.coverage is None else blocks.coverage, blocks.sink, blocks.local, lists.full_index.shape[2],
+            lists.partial_index.shape[2], HAS_COVERAGE=blocks.coverage is not None, BLOCK=block, TILE=TILE,
+            num_warps=min(32, max(1, block // 512)), maxnreg=64,  # 32 warps of it an SM, for a few spills at the end
+        )  # fmt: skip

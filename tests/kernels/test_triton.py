@@ -1,0 +1,122 @@
+"""Triton twins against their references: in Triton's interpreter on a CPU, compiled on a CUDA device.
+
+Planning twins are compared through whole plans (every pattern and boundary); engines on the attended set of the plan.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
+
+from recipes import ITEMS, RECIPES, SHAPES, relative_error
+
+from mm_sglang.kernels.engines import engine
+from mm_sglang.kernels.inspection import attended, check, tile_map
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.ops import reference_ops, triton_ops
+from mm_sglang.kernels.patterns import head_pattern
+from mm_sglang.kernels.prefill import make_plan, sparse_prefill
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = 0.3
+ENGINES = ["triton", pytest.param("fa4", marks=pytest.mark.gpu)]
+SOME = [(100, 129), (256, 355)]
+MORE = [(0, 77), (0, 611), (256, 355), (610, 1)]
+
+
+def tensors(
+    prefix: int, queries: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(queries, heads, dim, generator=generator)
+    k, v = torch.randn(2, prefix + queries, kv_heads, dim, generator=generator)
+    return tuple(x.to(DEVICE, dtype) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("prefix, queries", SOME[1:] if DEVICE == "cpu" else SHAPES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_plans_are_the_references(name: str, prefix: int, queries: int) -> None:
+    """Every stage's twin at once: same orders, same tiles, on heads that share a KV head with others and alone."""
+    patterns = [head_pattern(RECIPES[name]), head_pattern(RECIPES["dense"])] + [head_pattern(RECIPES[name])] * 4
+    q, k, _ = tensors(prefix, queries, 6, 2, 16, torch.float32, seed=queries)
+    plans = []
+    for ops in (reference_ops, triton_ops):
+        layout = TokenLayout(items=ITEMS, length=prefix + queries, device=DEVICE)
+        plans.append(make_plan(q, k, layout=layout, patterns=patterns, scale=SCALE, ops=ops()))
+    check(plans[1])
+    for want, got in zip(plans[0].groups, plans[1].groups, strict=True):
+        assert torch.equal(want.k_positions(), got.k_positions()) and torch.equal(want.limits, got.limits)
+        for head in want.members:
+            assert torch.equal(tile_map(want, head), tile_map(got, head))
+
+
+def run(
+    name: str, recipes: list[dict[str, Any]], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool
+) -> None:
+    """The engine's output and lse against fp32 over the attended set; the bound is what SDPA loses in this dtype."""
+    slots, k_pool, v_pool = None, k, v
+    if paged:  # rows of other requests are NaN, as a pool's may be
+        slots = torch.randperm(len(k) + 50, device=k.device)[: len(k)].int()
+        pools = torch.full((2, len(k) + 50, *k.shape[1:]), float("nan"), dtype=k.dtype, device=k.device)
+        pools[0, slots.long()], pools[1, slots.long()] = k, v
+        k_pool, v_pool = pools
+    layout = TokenLayout(items=ITEMS, length=len(k), device=DEVICE)
+    patterns = [head_pattern(recipe) for recipe in recipes]
+    out, lse, plan = sparse_prefill(
+        q, k_pool, v_pool, layout=layout, patterns=patterns, scale=SCALE, engine=engine(name), slots=slots
+    )
+    share = q.shape[1] // k.shape[1]
+    for head in range(q.shape[1]):
+        mask = attended(plan, head).to(DEVICE)
+        own, keys, values = (x[:, h].float() for x, h in ((q, head), (k, head // share), (v, head // share)))
+        logits = (own @ keys.T * SCALE).masked_fill(~mask, float("-inf"))
+        want = (logits.softmax(-1) @ values).double()
+        torchs = torch.nn.functional.scaled_dot_product_attention(
+            q[None, :, head], k[None, :, head // share], v[None, :, head // share], attn_mask=mask, scale=SCALE
+        )[0]
+        floor = torch.finfo(q.dtype).eps / 8
+        assert relative_error(out[:, head], want) <= 2 * max(relative_error(torchs, want), floor), head
+        assert relative_error(lse[:, head], logits.logsumexp(-1).double()) <= 1e-3, head
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("prefix, queries", SOME[:1] if DEVICE == "cpu" else MORE)
+@pytest.mark.parametrize("name", ["a_shape", "grid_frame", "2d_mixed"] if DEVICE == "cpu" else RECIPES)
+@pytest.mark.parametrize("kind", ENGINES)
+def test_engines_compute_the_attended_softmax(kind: str, name: str, prefix: int, queries: int, paged: bool) -> None:
+    if DEVICE == "cpu":
+        cases = [(7, 1, 16, torch.float32)]
+    else:
+        cases = [(7, 1, 128, torch.bfloat16), (8, 1, 64, torch.float16), (4, 4, 128, torch.bfloat16)]
+    for heads, kv_heads, dim, dtype in cases:
+        q, k, v = tensors(prefix, queries, heads, kv_heads, dim, dtype, seed=heads)
+        run(kind, [RECIPES[name]] * heads, q, k, v, paged)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_all_recipes_mixed_freely_over_heads(kind: str) -> None:
+    recipes = [list(RECIPES.values())[n % len(RECIPES)] for n in range(24)]
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    q, k, v = tensors(200, 190, 24, 3, 16 if DEVICE == "cpu" else 128, dtype, seed=4)
+    run(kind, recipes, q, k, v, paged=True)
+
+
+def test_merge_is_the_references() -> None:
+    from mm_sglang.kernels.merge import gpu, reference
+
+    out, other = torch.randn(2, 77, 3, 16, device=DEVICE)
+    lse, other_lse = torch.randn(2, 3, 77, device=DEVICE) * 5
+    lse[0, :9], other_lse[0, 5:20] = float("-inf"), float("-inf")
+    out[5:9, 0] = other[5:9, 0] = 0.0  # neither saw a key
+    want, want_lse = out.clone(), lse.clone()
+    reference.merge(want, want_lse, other, other_lse)
+    gpu.merge(out, lse, other, other_lse)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+    assert (lse[0, 5:9] == float("-inf")).all()
