@@ -21,6 +21,7 @@ class Ops:
     key_order: Callable[..., Any]
     limits: Callable[..., Any]
     tile_lists: Callable[..., Any]
+    residual: Callable[..., Any]
 
 
 def _timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,6 +37,7 @@ def reference_ops() -> Ops:
     """torch, fp32 inside, any device; slow, short, the yardstick."""
     from mm_sglang.kernels.estimate import blocks_reference
     from mm_sglang.kernels.estimate import reference as estimate
+    from mm_sglang.kernels.merge import residual_reference
     from mm_sglang.kernels.permute import reference as permute
     from mm_sglang.kernels.select import reference as select
     from mm_sglang.kernels.tiles import reference as tiles
@@ -43,6 +45,7 @@ def reference_ops() -> Ops:
     return Ops(
         sampled_mass=estimate.sampled_mass, top_budget=select.top_budget, top_buckets=select.top_buckets,
         pool=blocks_reference.pool, key_order=permute.key_order, limits=tiles.limits, tile_lists=tiles.tile_lists,
+        residual=residual_reference.residual,
     )  # fmt: skip
 
 
@@ -51,6 +54,7 @@ def triton_ops() -> Ops:
     """Triton on a CUDA device (or in Triton's interpreter, for tests); never waits for the device."""
     from mm_sglang.kernels.estimate import blocks_gpu
     from mm_sglang.kernels.estimate import gpu as estimate
+    from mm_sglang.kernels.merge import residual_gpu
     from mm_sglang.kernels.permute import gpu as permute
     from mm_sglang.kernels.select import gpu as select
     from mm_sglang.kernels.tiles import gpu as tiles
@@ -63,4 +67,5 @@ def triton_ops() -> Ops:
         key_order=_timed("permute", permute.key_order),
         limits=_timed("plan", tiles.limits),
         tile_lists=_timed("plan", tiles.tile_lists),
+        residual=_timed("merge", residual_gpu.residual),
     )

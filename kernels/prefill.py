@@ -78,6 +78,8 @@ def sparse_prefill(
     groups = []
     for group in _groups(q, k, slots, layout, patterns, scale, engine.ops()):
         engine.attend(q, k, v, slots, group, scale, out, lse)  # at once: the device works while the next is planned
+        if group.pattern.residual and not group.everything:
+            engine.ops().residual(q, k, v, slots, group, scale, out, lse)
         groups.append(group)
     plan = Plan(prefix=layout.length - len(q), queries=len(q), heads=q.shape[1], groups=tuple(groups))
     return out, lse.T, plan

@@ -30,6 +30,9 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
         raise ValueError(f"head pattern {recipe!r}: needs a mapping with the key 'pattern', or 'boundary' and 'parts'")
     values = dict(recipe)
     boundary = values.pop("boundary", "none")
+    residual = values.pop("residual", False)
+    if not isinstance(residual, bool):
+        raise ValueError(f"residual={residual!r}: needs true or false")
     if boundary != "none" and boundary not in NAMES:
         raise ValueError(f"boundary={boundary!r}: needs one of {('none', *NAMES)}")
     if "parts" in values:
@@ -38,7 +41,7 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
                 f"head pattern {recipe!r}: 'parts' needs a mapping, 'boundary' beside it, and nothing else"
             )
         parts = tuple((str(name), head_pattern(part)) for name, part in values["parts"].items())
-        return Boundary(boundary=boundary, recipes=parts)
+        return Boundary(boundary=boundary, recipes=parts, residual=residual)
     kind = values.pop("pattern")
     if kind not in PATTERNS:
         raise ValueError(f"pattern={kind!r}: needs one of {tuple(PATTERNS)}")
@@ -46,10 +49,10 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(f"pattern {kind}: unknown key {unknown[0]!r}: needs one of {known}")
+    if boundary == "none":
+        return PATTERNS[kind](**values, residual=residual)
     made = PATTERNS[kind](**values)
-    return (
-        made if boundary == "none" else Boundary(boundary=boundary, recipes=tuple((n, made) for n in NAMES[boundary]))
-    )
+    return Boundary(boundary=boundary, recipes=tuple((name, made) for name in NAMES[boundary]), residual=residual)
 
 
 __all__ = [

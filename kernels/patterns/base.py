@@ -111,9 +111,15 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPattern:
-    """Base of the recipes; subclasses add budgets (in tokens) and `select`."""
+    """Base of the recipes; subclasses add budgets (in tokens) and `select`.
+
+    Args:
+        residual: tiles that are not computed count as one mean key each (kernels/merge/residual_reference.py).
+            Default: false.
+    """
 
     kind: ClassVar[str]
+    residual: bool = False
 
     def select(self, view: View) -> Selection:
         """What to keep in this chunk."""

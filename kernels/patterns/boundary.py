@@ -43,6 +43,8 @@ class Boundary(HeadPattern):
         for name, recipe in self.recipes:
             if isinstance(recipe, Boundary):
                 raise ValueError(f"boundary {self.boundary}: part {name}: needs a pattern without a boundary")
+            if recipe.residual:
+                raise ValueError(f"boundary {self.boundary}: part {name}: residual=True: needs it beside 'boundary'")
             if self.boundary != "q" and isinstance(recipe, Grid) and recipe.horizontal:
                 raise ValueError(
                     f"boundary {self.boundary}: part {name}: grid with horizontal=True: needs false, because a row "
@@ -62,4 +64,8 @@ class Boundary(HeadPattern):
         return tuple((key, recipes[prefix + key]) for key in CLASSES)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"boundary": self.boundary, "parts": {name: recipe.to_dict() for name, recipe in self.recipes}}
+        return {
+            "boundary": self.boundary,
+            "residual": self.residual,
+            "parts": {name: recipe.to_dict() for name, recipe in self.recipes},
+        }

@@ -180,9 +180,9 @@ def tiled(prompt: Prompt, head: int, parts: list[tuple[str | None, Kept]], q_ord
     for a in range(0, len(q_order), TILE):
         q_tile = q_order[a : a + TILE]
         low, high = min(q_tile), max(q_tile)
-        for s, members in enumerate(segments):
+        for s, slots in enumerate(segments):
             part = parts[s - 1][1] if s else Kept(everything=True)
-            tiles = [members[b : b + TILE] for b in range(0, len(members), TILE)]
+            tiles = [slots[b : b + TILE] for b in range(0, len(slots), TILE)]
             wanted = set(range(len(tiles)))
             if part.blocks is not None:
                 wanted = top_blocks(prompt, head, part.blocks, q_tile, tiles)
