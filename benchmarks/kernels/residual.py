@@ -1,0 +1,130 @@
+"""What the pooled residual buys: error against dense attention, over time, for growing budgets, with and without it.
+
+python -m benchmarks.kernels.residual            measure, print a table, store JSON and a plot
+python -m benchmarks.kernels.residual --show FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.kernels import report, rows
+from benchmarks.kernels.__main__ import RESULTS, refuse
+from benchmarks.kernels.cases import SHAPES, Case, K, Recipe
+from benchmarks.kernels.measure import HEAD_DIM, Prepared, interleaved
+from mm_sglang.kernels.engines import ENGINES
+
+TOKENS, SHAPE = 128 * K, "qwen2.5-vl-7b"
+# what is planted: two blocks a query; 64 columns; nothing, so that every key matters a little
+SWEEPS: dict[str, tuple[str, list[Recipe]]] = {
+    "two planted blocks": ("blocks", [{"pattern": "block_topk", "blocks": n} for n in (3, 4, 8, 16, 32, 64, 128)]),
+    "planted columns": (
+        "columns", [{"pattern": "vertical_slash", "columns": n, "slashes": 128} for n in (16, 32, 64, 256, 1024, 4096)],
+    ),
+    "nothing planted": ("random", [{"pattern": "block_topk", "blocks": n} for n in (3, 4, 8, 16, 32, 64, 128)]),
+}  # fmt: skip
+
+
+def dense_rows(it: Prepared, positions: torch.Tensor) -> torch.Tensor:
+    """fp32 [n, H, D]: dense causal attention of the queries at `positions`."""
+    group, out = it.q.shape[1] // it.k.shape[1], []
+    after = torch.arange(len(it.k), device=positions.device) > positions[:, None]
+    for head in range(it.q.shape[1]):
+        keys, values = it.k[:, head // group].float(), it.v[:, head // group].float()
+        logits = it.q[positions, head].float() @ keys.T * HEAD_DIM**-0.5
+        out.append(logits.masked_fill_(after, -torch.inf).softmax(1) @ values)
+    return torch.stack(out, 1)
+
+
+def sweep(name: str, inputs: str, recipes: list[Recipe], device: torch.device) -> list[dict[str, Any]]:
+    """One record a recipe: times (ms, median) and relative errors without and with the residual."""
+    out = []
+    positions = rows.sample(TOKENS, 0, 64, 0, late=True).to(device)
+    want: torch.Tensor | None = None
+    for recipe in tqdm(recipes, desc=name, unit="recipe"):
+        pair = {}
+        for label, values in (("without", recipe), ("with", recipe | {"residual": True})):
+            case = Case(name=name, inputs=inputs, recipe=lambda j, n, values=values: values)  # type: ignore[misc]
+            pair[label] = Prepared.of(case, TOKENS, SHAPES[SHAPE], ENGINES["fa4"], 0, device)
+        want = dense_rows(pair["with"], positions) if want is None else want
+        times = interleaved({label: it.run for label, it in pair.items()})
+        record: dict[str, Any] = {"inputs": name, "recipe": recipe}
+        for label, it in pair.items():
+            got = it.run()[0][positions].float()
+            record[label] = {
+                "ms": statistics.median(times[label]), "error": float((got - want).norm() / want.norm())
+            }  # fmt: skip
+        out.append(record)
+    return out
+
+
+def text(records: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [f"{'inputs':20} {'budget':>8} {'ms':>8} {'error':>8} | {'ms':>8} {'error':>8} with residual"]
+    for r in records:
+        budget = r["recipe"].get("blocks") or r["recipe"].get("columns")
+        a, b = r["without"], r["with"]
+        lines.append(f"{r['inputs']:20} {budget:8} {a['ms']:8.2f} {a['error']:8.4f} | {b['ms']:8.2f} {b['error']:8.4f}")
+    return "\n".join(lines)
+
+
+def plot(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Error over time, one panel for each kind of input."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(r["inputs"] for r in records))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 4.2), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        own = [r for r in records if r["inputs"] == name]
+        for label, style in (("without", "o-"), ("with", "s--")):
+            axis.plot([r[label]["ms"] for r in own], [r[label]["error"] for r in own], style, label=f"{label} residual")
+        axis.set(
+            xscale="log", yscale="log", title=name, xlabel="ms, whole operator", ylabel="error against dense, relative"
+        )
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0][0].legend()
+    figure.suptitle(f"{SHAPE}, {TOKENS // K}K tokens, {about['gpu']}, growing budgets from left to right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.residual")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/<gpu>/residual.json; the plot goes beside"
+    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print and plot a stored table, measure nothing")
+    chosen = parser.parse_args()
+    if chosen.show is None:
+        if not torch.cuda.is_available():
+            refuse("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
+        if reason := ENGINES["fa4"].missing():
+            refuse(f"engine fa4: {reason}")
+        about, device = report.machine(), torch.device("cuda", torch.cuda.current_device())
+        with torch.no_grad():
+            records = [r for name, (inputs, recipes) in SWEEPS.items() for r in sweep(name, inputs, recipes, device)]
+        path = chosen.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "residual.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"about": about, "tokens": TOKENS, "shape": SHAPE, "records": records}, indent=1))
+    else:
+        path = chosen.show
+        held = json.loads(path.read_text())
+        about, records = held["about"], held["records"]
+    print(text(records))
+    try:
+        plot(path.with_suffix(".png"), about, records)
+    except ImportError as error:
+        print(f"no plot: {error}; draw it elsewhere with --show {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
