@@ -53,7 +53,9 @@ def _tile(acc, top, total, q, k_ptr, v_ptr, slots_ptr, order_row, n, q_pos, keys
     return acc, new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[
+    "first", "prefix", "queries", "keys", "q_rows", "k_slots", "width", "partial_width", "lse_head"
+])
 def _forward(q_ptr, k_ptr, v_ptr, slots_ptr, q_order_ptr, k_order_ptr, heads_ptr, kv_ptr, full_count_ptr, full_ptr,
              partial_count_ptr, partial_ptr, out_ptr, lse_ptr, first, prefix, queries, keys, q_rows, k_slots, g, width,
              partial_width, factor, q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head,

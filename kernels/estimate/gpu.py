@@ -9,6 +9,7 @@ import triton.language as tl
 from mm_sglang.kernels.plan import BUCKET, device_ints
 
 ROWS = 64  # sampled queries of a block: one tensor-core tile
+MOST_SPLITS = 256
 LOG2E = 1.4426950408889634
 
 
@@ -42,7 +43,7 @@ def _logits(q, k, rows, pos, live_key, prefix, factor):
     return tl.where(seen, s, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "sampled", "prefix", "per_split", "splits"])
 def _row_stats(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, top_ptr, sum_ptr, count, sampled, prefix,
                factor, q_row, q_head, k_row, k_head, g, per_split, splits, HAS_SLOTS: tl.constexpr,
                HAS_KPOS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -64,7 +65,7 @@ def _row_stats(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, t
     tl.store(sum_ptr + out, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(top_ptr, sum_ptr, lse_ptr, splits, SPLITS: tl.constexpr):
     """Base-2 log-sum-exp of one row over its splits; +inf for a row that saw nothing, so that its weights are 0."""
     row = tl.program_id(0)
@@ -76,7 +77,7 @@ def _combine(top_ptr, sum_ptr, lse_ptr, splits, SPLITS: tl.constexpr):
     tl.store(lse_ptr + row, tl.where(total > 0, high + tl.log2(tl.maximum(total, 1e-38)), float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "sampled", "prefix", "blocks", "number", "shift"])
 def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_ptr, columns_ptr, buckets_ptr, count,
           sampled, prefix, factor, share, q_row, q_head, k_row, k_head, g, blocks, number, shift,
           HAS_SLOTS: tl.constexpr, HAS_KPOS: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
@@ -145,7 +146,7 @@ def sampled_mass(
     sampled = keys if k_pos is None else len(k_pos)
     members, blocks = len(heads) * g, max(1, -(-count // ROWS))
     block = 128 if q.element_size() == 2 else 64
-    splits = min(256, max(1, -(-sampled // 2048)))
+    splits = min(MOST_SPLITS, max(1, -(-sampled // 2048)))
     per_split = -(-sampled // splits)
     flat = device_ints(tuple(h for row in heads for h in row), device)
     kv = device_ints(kv_head, device)
@@ -161,7 +162,7 @@ def sampled_mass(
     _row_stats[(members, blocks, splits)](
         *tensors, top, total, count, sampled, prefix, scale * LOG2E, *strides, per_split, splits, **flags, num_warps=4
     )
-    _combine[(members * blocks * ROWS,)](top, total, lse, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    _combine[(members * blocks * ROWS,)](top, total, lse, splits, SPLITS=MOST_SPLITS, num_warps=1)
     share = 1.0 / max(1, count)
     # A run of consecutive rows: key blocks are shifted so that every one starts a bucket away from row 0.
     aligned = k_pos is None and last_row is not None

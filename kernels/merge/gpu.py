@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "lse_head", "other_lse_head"])
 def _merge(out_ptr, lse_ptr, other_ptr, other_lse_ptr, rows, out_row, out_head, lse_head, other_row, other_head,
            other_lse_head, D: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)

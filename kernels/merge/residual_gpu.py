@@ -14,7 +14,7 @@ LOG2E = 1.4426950408889634
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["width", "tiles"])
 def _mark(count_ptr, index_ptr, table_ptr, width, tiles, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr + row)
@@ -24,7 +24,7 @@ def _mark(count_ptr, index_ptr, table_ptr, width, tiles, BLOCK: tl.constexpr):
         tl.store(table_ptr + row * tiles + n, tl.full([BLOCK], 1, tl.uint8), mask=at < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start_ptr", "first", "prefix", "queries", "q_rows", "tiles", "lse_head"])
 def _residual(q_ptr, k_ptr, v_ptr, number_ptr, table_ptr, limits_ptr, start_ptr, order_ptr, heads_ptr, out_ptr, lse_ptr,
               first, prefix, queries, q_rows, tiles, g, segments, factor, q_row, q_head, out_row, out_head, lse_head,
               HAS_ORDER: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):

@@ -9,6 +9,7 @@ import triton.language as tl
 from mm_sglang.kernels.plan import PAD, TILE
 
 BLOCK = 2048
+BLOCKS = tuple(4**n for n in range(3, 9))  # few, because each is a kernel of its own
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _segment(kept_ptr, class_ptr, r, at, count, HAS_CLASS: tl.constexpr):
     return tl.where(live, tl.where(kept != 0, 0, other), -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _count(kept_ptr, class_ptr, partial_ptr, count, S: tl.constexpr, HAS_CLASS: tl.constexpr, BLOCK: tl.constexpr):
     block, r = tl.program_id(0), tl.program_id(1)
     segment = _segment(kept_ptr, class_ptr, r, block * BLOCK + tl.arange(0, BLOCK), count, HAS_CLASS)
@@ -29,7 +30,7 @@ def _count(kept_ptr, class_ptr, partial_ptr, count, S: tl.constexpr, HAS_CLASS: 
         tl.store(partial_ptr + (r * S + s) * tl.num_programs(0) + block, held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "width"])
 def _place(
     kept_ptr,
     class_ptr,
@@ -86,6 +87,6 @@ def key_order(
     _count[(blocks, rows)](bits, by_class, partial, count, **flags, num_warps=4)
     _place[(blocks, rows)](
         bits, by_class, partial, order, start, rank, count, tiles * TILE, **flags,
-        BLOCKS=triton.next_power_of_2(blocks), TILE=TILE, num_warps=4,
+        BLOCKS=next(n for n in BLOCKS if n >= blocks), TILE=TILE, num_warps=4,
     )  # fmt: skip
     return order, start, rank

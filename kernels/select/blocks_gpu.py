@@ -13,7 +13,7 @@ ROWS, COLUMNS = 128, 128  # query and key tiles of a block of scores
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["start_ptr", "first", "rows"])
 def _hulls(limits_ptr, start_ptr, reached_ptr, whole_ptr, s, segments, first, rows, TILE: tl.constexpr):
     """Tiles (of the whole order) below `whole` are seen by every row of a query tile, those below `reached` by some."""
     m, r = tl.program_id(0), tl.program_id(1)
@@ -26,7 +26,7 @@ def _hulls(limits_ptr, start_ptr, reached_ptr, whole_ptr, s, segments, first, ro
     tl.store(whole_ptr + out, tl.min(tl.where(limit < 0, 2147483647, limit), 0) // TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start_ptr", "first", "tiles", "q_tiles", "k_tiles", "all_tiles", "skip", "pitch"])
 def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segments, g, first, tiles, q_tiles, k_tiles,
             all_tiles, skip, pitch, scale, E: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
             COLUMNS: tl.constexpr, TILE: tl.constexpr):
@@ -51,7 +51,8 @@ def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segment
         tl.store(out_ptr + out, total * scale, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start_ptr", "k_tiles", "all_tiles", "skip", "pitch", "keep", "sink", "local", "width",
+                               "partial_width"])
 def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_ptr, full_ptr, partial_count_ptr,
             partial_ptr, s, segments, g, k_tiles, all_tiles, skip, pitch, keep, coverage, sink, local, width,
             partial_width, HAS_COVERAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
@@ -63,6 +64,7 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
     seen = tl.where(tl.load(heads_ptr + member) < 0, 0, tl.minimum(seen, k_tiles))
     n = tl.arange(0, BLOCK)
     visible = n < seen
+    pitch = tl.multiple_of(pitch, 16)
     # The mask is not `visible`: `pitch` is a multiple of 16, so loads stay wide; what was never written is dropped.
     score = tl.load(score_ptr + (member.to(tl.int64) * tl.num_programs(0) + m) * pitch + n, mask=n < pitch, other=0.0)
     score = tl.where(visible, tl.where(score == 0.0, 0.0, score), float("-inf"))  # -0.0 is no less than 0.0
@@ -123,7 +125,8 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
     device, segments, g, orders = group.limits.device, len(group.segments), len(group.heads[0]), len(group.heads)
     tiles, k_tiles, size = last - first, blocks.k.shape[1], blocks.q.shape[2]
     heads = device_ints(tuple(h for row in group.heads for h in row), device)
-    reached, whole = torch.empty(2, orders, tiles, dtype=torch.int32, device=device)
+    reached = torch.empty(orders, tiles, dtype=torch.int32, device=device)
+    whole = torch.empty_like(reached)
     _hulls[(tiles, orders)](
         group.limits, group.start, reached, whole, s, segments, first, group.limits.shape[2], TILE=TILE, num_warps=1
     )
@@ -143,7 +146,7 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
             blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale, E=size, STEP=min(64 if half else 32, size),
             ROWS=rows, COLUMNS=COLUMNS, TILE=TILE, num_warps=rows // 16,
         )  # fmt: skip
-        block = triton.next_power_of_2(most)
+        block = max(512, triton.next_power_of_2(most))
         _choose[(own, orders * g)](
             score, heads, group.start, reached, whole, lists.full_count, lists.full_index, lists.partial_count,
             lists.partial_index, s, segments, g, k_tiles, tiles, skip, pitch, blocks.keep,

@@ -14,6 +14,7 @@ from mm_sglang.kernels.plan import Bands
 from mm_sglang.kernels.select.reference import DROPPED_BITS
 
 BLOCK = 4096
+BUCKETS = (1 << 10, 1 << 12, *(1 << n for n in range(14, 21)))  # sizes of a row: few, as each is a kernel of its own
 FORCED = 4095  # key of what is kept whatever its mass: above the grade of 1.0
 PASSES = 2
 DROPPED = tl.constexpr(DROPPED_BITS)
@@ -63,7 +64,7 @@ def _narrow(
     return base + (best << shift), above, mass_above, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "forced", "keep"])
 def _search(
     mass_ptr,
     allowed_ptr,
@@ -120,7 +121,7 @@ def _outside(inside, bins):
     return tl.where(bins == 0, tl.sum((~inside).to(tl.int32), 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "forced", "keep"])
 def _keep(
     mass_ptr,
     allowed_ptr,
@@ -171,7 +172,7 @@ def top_budget(
     share = 0.0 if coverage is None else coverage
     flags = dict(
         HAS_ALLOWED=allowed is not None, HAS_COVERAGE=coverage is not None, FORCED=FORCED, BLOCK=BLOCK,
-        BLOCKS=min(64, triton.next_power_of_2(blocks)),
+        BLOCKS=32,
     )  # fmt: skip
     for turn in range(PASSES):
         old, new = (turn + 1) % 2, turn % 2
@@ -187,7 +188,7 @@ def top_budget(
     return kept.view(torch.bool)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number", "keep", "forced", "width"])
 def _buckets(
     mass_ptr,
     index_ptr,
@@ -234,7 +235,7 @@ def top_buckets(mass: torch.Tensor, keep: int, coverage: float | None, forced: i
     width = min(max(keep, forced), number)
     index = torch.empty(rows, width, dtype=torch.int32, device=mass.device)
     count = torch.empty(rows, dtype=torch.int32, device=mass.device)
-    block = triton.next_power_of_2(number)
+    block = next(n for n in BUCKETS if n >= number)
     _buckets[(rows,)](
         mass, index, count, number, keep, 0.0 if coverage is None else coverage, forced, width,
         HAS_COVERAGE=coverage is not None, FORCED=FORCED, BLOCK=block, num_warps=min(16, max(1, block // 512)),

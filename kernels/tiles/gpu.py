@@ -10,7 +10,7 @@ from mm_sglang.kernels.plan import BUCKET, PAD, TILE, HeadGroup, TileLists, devi
 from mm_sglang.kernels.select.blocks_gpu import append_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix", "queries", "keys", "rows"])
 def _limits(
     start_ptr,
     rank_ptr,
@@ -94,7 +94,22 @@ def _range(
     return a // TILE, tl.where(live & (b > a), (b - 1) // TILE, -1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "start_ptr",
+        "rank_ptr",
+        "index_ptr",
+        "count_ptr",
+        "first",
+        "prefix",
+        "queries",
+        "keys",
+        "rows",
+        "longest",
+        "width",
+        "partial_width",
+    ]
+)
 def _append(
     heads_ptr,
     start_ptr,

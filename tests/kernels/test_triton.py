@@ -107,6 +107,40 @@ def test_all_recipes_mixed_freely_over_heads(kind: str) -> None:
     run(kind, recipes, q, k, v, paged=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["triton", "fa4"])
+def test_other_lengths_need_no_other_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server sees a new length with every request: compiling for it would cost seconds, every time."""
+    import triton
+
+    compiled: list[str] = []
+
+    def note(**details: Any) -> None:
+        compiled.append(details["fn"].name)
+
+    def run_all(prefix: int, queries: int) -> None:
+        q, k, v = tensors(prefix, queries, len(RECIPES), 1, 64, torch.float16, seed=queries)
+        layout = TokenLayout(items=ITEMS, length=len(k), device=DEVICE)
+        patterns = [head_pattern(recipe) for recipe in RECIPES.values()]
+        sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=engine(kind))
+
+    for warm in ((0, 9001), (1008, 1000), (0, 9008)):
+        run_all(*warm)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    before = _fa4_kernels() if kind == "fa4" else 0
+    for lengths in ((0, 12288), (4096, 8192), (777, 9003), (5000, 1600), (0, 2048), (16000, 129), (0, 60_000)):
+        run_all(*lengths)
+    assert compiled == []
+    assert kind != "fa4" or _fa4_kernels() == before
+
+
+def _fa4_kernels() -> int:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    cache = _flash_attn_fwd.compile_cache
+    return len(getattr(cache, "cache", cache))
+
+
 def test_merge_is_the_references() -> None:
     from mm_sglang.kernels.merge import gpu, reference
 
