@@ -28,6 +28,7 @@ HEAD_DIM = 128
 SAMPLED_ROWS = 64
 LEAST, MOST, ENOUGH_MS = 5, 30, 1000.0  # repeats at least and at most, and the time after which no more are needed
 SLOW_MS = 1000.0  # calls slower than that are run twice, and from five times that once: their spread is small
+FIRST_STEP = 12.0  # seconds: a guess for lengths that nothing is known of
 Call = Callable[[], Any]
 
 
@@ -221,8 +222,8 @@ class Clock:
         """Whether a step at this length, and `more` seconds, are likely to end within the budget."""
         if self.budget is None:
             return True
-        known = [cost * max(1.0, (tokens / length) ** 1.5) for length, cost in self.cost.items() if length <= tokens]
-        guess = 1.3 * (self.cost.get(tokens) or max(known, default=10.0)) + more
+        # A first step at some length mostly compiles, which says nothing of other lengths.
+        guess = 1.3 * self.cost.get(tokens, FIRST_STEP) + more
         return self.spent() + guess < self.budget
 
     def took(self, tokens: int, seconds: float) -> None:
