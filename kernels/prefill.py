@@ -6,6 +6,7 @@ Legend: Nq queries of the chunk, Nk = prefix + Nq keys, H query heads, Hkv KV he
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ def sparse_prefill(
     scale: float,
     engine: Engine,
     slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Plan]:
     """Plan and attend one chunk; nothing in it waits for the device.
 
@@ -64,16 +66,23 @@ def sparse_prefill(
         scale: of the logits.
         engine: from `kernels.engines.engine`.
         slots: int32 [Nk] row of k and v that holds each position (page tables of any page size, written out), or None.
+        out: where to write, [Nq, H, D] in q's dtype, heads next to each other; None: new memory.
 
     Returns:
-        out [Nq, H, D] in q's dtype, lse [Nq, H] fp32 (natural logarithm), and the plan that was run.
+        out, lse [Nq, H] fp32 (natural logarithm), and the plan that was run.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that don't fit each other or the engine; before any launch.
     """
     _check(q, k, v, layout, patterns, slots)
     engine.check(q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
+        raise ValueError(
+            f"out {tuple(out.shape)} {out.dtype} on {out.device}: needs contiguous {tuple(q.shape)} {q.dtype} "
+            f"on {q.device}"
+        )
     lse = torch.empty(q.shape[1], len(q), device=q.device)
     groups = []
     for group in _groups(q, k, slots, layout, patterns, scale, engine.ops()):
@@ -83,6 +92,57 @@ def sparse_prefill(
         groups.append(group)
     plan = Plan(prefix=layout.length - len(q), queries=len(q), heads=q.shape[1], groups=tuple(groups))
     return out, lse.T, plan
+
+
+def sparse_prefill_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    queries: Sequence[int],
+    layouts: Sequence[TokenLayout],
+    patterns: Sequence[HeadPattern],
+    scale: float,
+    engine: Engine,
+    slots: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, list[Plan]]:
+    """Chunks of several prompts of different lengths; each has a plan, and launches, of its own.
+
+    Args:
+        q: [sum(queries), H, D], the chunks one after another.
+        k, v: [sum of the layouts' lengths, Hkv, D], the prompts' keys one after another, or a paged pool with `slots`.
+        queries: of each chunk; layouts: of each prompt up to its chunk's end; slots: of each prompt, or None.
+        patterns, scale, engine: as for `sparse_prefill`, for all prompts.
+
+    Returns:
+        out [sum(queries), H, D], lse [sum(queries), H] fp32, and each chunk's plan.
+
+    Raises:
+        ValueError: as `sparse_prefill`, for any of the chunks, before any launch.
+    """
+    numbers = {"queries": len(queries), "layouts": len(layouts)} | ({} if slots is None else {"slots": len(slots)})
+    if len(set(numbers.values())) > 1 or not queries:
+        raise ValueError(f"{numbers}: needs one of each a prompt, and at least one prompt")
+    if min(queries) < 1 or sum(queries) != len(q):
+        raise ValueError(f"queries={list(queries)}: needs at least one each and {len(q)} together, as q has rows")
+    lengths = [layout.length for layout in layouts]
+    if slots is None and sum(lengths) != len(k):
+        raise ValueError(f"layouts of {lengths} positions: needs {len(k)} together, as k has rows")
+    calls: list[dict[str, Any]] = []
+    row = key = 0
+    for number, (count, layout) in enumerate(zip(queries, layouts, strict=True)):
+        keys = slice(None) if slots is not None else slice(key, key + layout.length)
+        calls.append(
+            {"q": q[row : row + count], "k": k[keys], "v": v[keys], "layout": layout, "patterns": patterns,
+             "slots": None if slots is None else slots[number]}
+        )  # fmt: skip
+        _check(**calls[-1])
+        row, key = row + count, key + layout.length
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    parts, results = out.split_with_sizes(list(queries)), []
+    for call, part in zip(calls, parts, strict=True):
+        results.append(sparse_prefill(**call, scale=scale, engine=engine, out=part))
+    return out, torch.cat([lse for _, lse, _ in results]), [plan for _, _, plan in results]
 
 
 def _check(

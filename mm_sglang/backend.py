@@ -149,10 +149,9 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             slots = self.req_to_token_pool.req_to_token[index, : chunk.layout.length].int()
             chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
             attended, _, plan = sparse_prefill(
-                chunk_q, key_pool, value_pool, slots=slots,
-                layout=chunk.layout, patterns=recipes, scale=layer.scaling, engine=self.engine,
+                chunk_q, key_pool, value_pool, slots=slots, layout=chunk.layout, patterns=recipes, scale=layer.scaling,
+                engine=self.engine, out=out[chunk.start : chunk.end].view(-1, *heads),
             )  # fmt: skip
-            out[chunk.start : chunk.end] = attended.flatten(1)
             if self.tracer:
                 self.tracer.record(
                     chunk.rid,

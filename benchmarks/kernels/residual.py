@@ -55,6 +55,8 @@ def sweep(name: str, inputs: str, recipes: list[Recipe], device: torch.device) -
             case = Case(name=name, inputs=inputs, recipe=lambda j, n, values=values: values)  # type: ignore[misc]
             pair[label] = Prepared.of(case, TOKENS, SHAPES[SHAPE], ENGINES["fa4"], 0, device)
         want = dense_rows(pair["with"], positions) if want is None else want
+        for it in pair.values():
+            it.run()  # compiles
         times = interleaved({label: it.run for label, it in pair.items()})
         record: dict[str, Any] = {"inputs": name, "recipe": recipe}
         for label, it in pair.items():

@@ -209,7 +209,8 @@ def _buckets(
     mass = tl.load(mass_ptr + row.to(tl.int64) * number + at, mask=live, other=0.0)
     high = tl.max(mass, 0)
     # Buckets sum several queries, so their masses pass 1; only their order matters.
-    key = tl.minimum((mass / tl.maximum(high, 1e-30)).to(tl.int32, bitcast=True) >> DROPPED, FORCED - 1)
+    share = tl.div_rn(mass, tl.maximum(high, 1e-30))  # rounded right, so that the greatest is 1.0, a grade of its own
+    key = tl.minimum(share.to(tl.int32, bitcast=True) >> DROPPED, FORCED - 1)
     key = tl.where(live, tl.where(at < forced, FORCED, key), 0)
     total = tl.sum(mass, 0)
     threshold = 0

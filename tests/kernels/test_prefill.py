@@ -11,6 +11,7 @@ import pytest
 import torch
 from recipes import ITEMS, PATTERNS, RECIPES, SHAPES, relative_error
 
+from mm_sglang.kernels import plan as plan_module
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import attended, check
 from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
@@ -18,7 +19,7 @@ from mm_sglang.kernels.ops import reference_ops, triton_ops
 from mm_sglang.kernels.patterns import Dense, head_pattern
 from mm_sglang.kernels.patterns.boundary import NAMES
 from mm_sglang.kernels.plan import TileLists
-from mm_sglang.kernels.prefill import make_plan, sparse_prefill
+from mm_sglang.kernels.prefill import make_plan, sparse_prefill, sparse_prefill_varlen
 
 REFERENCE = engine("reference")
 OPS = {"cpu": reference_ops, "cuda": triton_ops}  # the GPU twins must attend the very same sets
@@ -225,6 +226,10 @@ def test_check_refuses_a_broken_plan(damage: Any, message: str) -> None:
         ({"patterns": [Dense()] * 3}, "3 patterns: needs 4"),
         ({"v": torch.zeros(7, 2, HEAD_DIM)}, "needs k's shape"),
         ({"layout": TokenLayout(items=(), length=8, device="meta")}, "layout on meta: needs one device"),
+        ({"k": torch.zeros(8, 2, HEAD_DIM).half()}, "q is torch.float32, k torch.float16, v torch.float32: needs one"),
+        ({"slots": torch.zeros(8, dtype=torch.int64)}, r"slots torch.int64 \(8,\): needs contiguous int32"),
+        ({"slots": torch.zeros(7, dtype=torch.int32)}, "layout of 8 positions: needs 7"),
+        ({"out": torch.zeros(4, 4, HEAD_DIM).half()}, "out .*: needs contiguous"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
@@ -234,6 +239,60 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], message: str
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         sparse_prefill(**(arguments | change))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_several_prompts_of_different_lengths(paged: bool) -> None:
+    queries, lengths = [130, 1, 77], [430, 300, 77]
+    q = torch.cat([tensors(0, n, 4, 2, seed=n)[0] for n in queries])
+    k, v = (torch.cat([tensors(0, n, 4, 2, seed=n)[part] for n in lengths]) for part in (1, 2))
+    layouts = [TokenLayout(items=ITEMS if n > 366 else (), length=n) for n in lengths]
+    patterns = [head_pattern(RECIPES[name]) for name in ("grid_frame", "2d_slash", "dense", "block_topk")]
+    common: dict[str, Any] = {"patterns": patterns, "scale": SCALE, "engine": REFERENCE}
+    rows = [torch.arange(sum(lengths[:n]), sum(lengths[: n + 1])).int() for n in range(3)]
+    out, lse, plans = sparse_prefill_varlen(
+        q, k, v, queries=queries, layouts=layouts, slots=rows if paged else None, **common
+    )
+    for n, layout in enumerate(layouts):
+        own = slice(sum(queries[:n]), sum(queries[: n + 1]))
+        at = rows[n].long()
+        want, want_lse, plan = sparse_prefill(q[own], k[at], v[at], layout=layout, **common)
+        assert torch.equal(out[own], want) and torch.equal(lse[own], want_lse) and plans[n].keys == plan.keys
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"queries": [3, 2]}, r"queries=\[3, 2\]: needs at least one each and 4 together"),
+        ({"queries": [4, 0]}, "needs at least one each"),
+        ({"queries": [4]}, "needs one of each a prompt"),
+        ({"layouts": [TokenLayout(items=(), length=n) for n in (5, 4)]}, r"layouts of \[5, 4\] positions: needs 8"),
+        ({"layouts": [TokenLayout(items=(), length=n) for n in (7, 1)]}, "2 queries, 1 keys"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(4, 4, HEAD_DIM), "k": torch.zeros(8, 2, HEAD_DIM), "v": torch.zeros(8, 2, HEAD_DIM),
+        "queries": [2, 2], "layouts": [TokenLayout(items=(), length=4)] * 2, "patterns": [Dense()] * 4, "scale": 1.0,
+        "engine": REFERENCE,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        sparse_prefill_varlen(**(arguments | change))
+
+
+def test_slices_of_a_long_range_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(256, 700, heads=len(RECIPES), kv_heads=1, seed=2)
+    patterns = [head_pattern(recipe | {"residual": True}) for recipe in RECIPES.values()]
+    results = []
+    for slice_bytes in (plan_module.LIST_BYTES, 1):
+        monkeypatch.setattr(plan_module, "LIST_BYTES", slice_bytes)
+        monkeypatch.setattr(plan_module, "SLICE_TILES", slice_bytes)
+        layout = TokenLayout(items=ITEMS, length=len(k))
+        results.append(sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=REFERENCE))
+        number = [len(list(group.slices())) for group in results[-1][2].groups if group.query_tiles > 1]
+        assert max(number) == 1 if slice_bytes > 1 else min(number) > 1
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
 
 
 def test_an_engine_that_is_unknown_or_can_not_run_here_is_refused() -> None:
