@@ -30,13 +30,13 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it.
-
-    A copy without .git can be told through MM_SGLANG_COMMIT; else its commit is unknown.
-    """
+    """The checkout's commit, with "+changes" where files differ from it; a copy is told its own in MM_SGLANG_COMMIT."""
+    told = os.environ.get("MM_SGLANG_COMMIT")
+    if told:
+        return told
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     if head is None:
-        return os.environ.get("MM_SGLANG_COMMIT", "unknown")
+        return "unknown"
     return head + ("+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
