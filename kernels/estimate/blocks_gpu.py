@@ -10,7 +10,7 @@ from mm_sglang.kernels.plan import PAD, TILE, device_ints
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["base", "count", "tiles"])
+@triton.jit(do_not_specialize=["order_ptr", "slots_ptr", "base", "count", "tiles"])
 def _pool(x_ptr, order_ptr, slots_ptr, heads_ptr, out_ptr, base, count, tiles, g, x_row, x_head,
           HAS_ORDER: tl.constexpr, HAS_SLOTS: tl.constexpr, REVERSE: tl.constexpr, STRIDE: tl.constexpr,
           PAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr):

@@ -43,7 +43,8 @@ def _logits(q, k, rows, pos, live_key, prefix, factor):
     return tl.where(seen, s, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["count", "sampled", "prefix", "per_split", "splits"])
+@triton.jit(do_not_specialize=["slots_ptr", "kpos_ptr", "rows_ptr", "count", "sampled", "prefix", "per_split",
+                               "splits"])
 def _row_stats(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, top_ptr, sum_ptr, count, sampled, prefix,
                factor, q_row, q_head, k_row, k_head, g, per_split, splits, HAS_SLOTS: tl.constexpr,
                HAS_KPOS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -77,7 +78,8 @@ def _combine(top_ptr, sum_ptr, lse_ptr, splits, SPLITS: tl.constexpr):
     tl.store(lse_ptr + row, tl.where(total > 0, high + tl.log2(tl.maximum(total, 1e-38)), float("inf")))
 
 
-@triton.jit(do_not_specialize=["count", "sampled", "prefix", "blocks", "number", "shift"])
+@triton.jit(do_not_specialize=["slots_ptr", "kpos_ptr", "rows_ptr", "count", "sampled", "prefix", "blocks", "number",
+                               "shift"])
 def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_ptr, columns_ptr, buckets_ptr, count,
           sampled, prefix, factor, share, q_row, q_head, k_row, k_head, g, blocks, number, shift,
           HAS_SLOTS: tl.constexpr, HAS_KPOS: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,

@@ -21,7 +21,7 @@ def _segment(kept_ptr, class_ptr, r, at, count, HAS_CLASS: tl.constexpr):
     return tl.where(live, tl.where(kept != 0, 0, other), -1)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["kept_ptr", "class_ptr", "count"])
 def _count(kept_ptr, class_ptr, partial_ptr, count, S: tl.constexpr, HAS_CLASS: tl.constexpr, BLOCK: tl.constexpr):
     block, r = tl.program_id(0), tl.program_id(1)
     segment = _segment(kept_ptr, class_ptr, r, block * BLOCK + tl.arange(0, BLOCK), count, HAS_CLASS)
@@ -30,7 +30,7 @@ def _count(kept_ptr, class_ptr, partial_ptr, count, S: tl.constexpr, HAS_CLASS: 
         tl.store(partial_ptr + (r * S + s) * tl.num_programs(0) + block, held)
 
 
-@triton.jit(do_not_specialize=["count", "width"])
+@triton.jit(do_not_specialize=["kept_ptr", "class_ptr", "count", "width"])
 def _place(
     kept_ptr,
     class_ptr,

@@ -9,7 +9,7 @@ import triton.language as tl
 from mm_sglang.kernels.plan import PAD, device_ints
 
 
-@triton.jit(do_not_specialize=["keys", "slots_of_order"])
+@triton.jit(do_not_specialize=["slots_ptr", "order_ptr", "keys", "slots_of_order"])
 def _gather_keys(
     k_ptr,
     v_ptr,
@@ -70,7 +70,7 @@ def gather_keys(
     return out[0], out[1]
 
 
-@triton.jit(do_not_specialize=["prefix", "queries", "first", "rows", "order_rows", "lse_head"])
+@triton.jit(do_not_specialize=["order_ptr", "prefix", "queries", "first", "rows", "order_rows", "lse_head"])
 def _move_queries(
     x_ptr,
     copy_ptr,

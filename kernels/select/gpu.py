@@ -64,7 +64,7 @@ def _narrow(
     return base + (best << shift), above, mass_above, total
 
 
-@triton.jit(do_not_specialize=["count", "forced", "keep"])
+@triton.jit(do_not_specialize=["mass_ptr", "allowed_ptr", "count", "forced", "keep"])
 def _search(
     mass_ptr,
     allowed_ptr,
@@ -121,7 +121,7 @@ def _outside(inside, bins):
     return tl.where(bins == 0, tl.sum((~inside).to(tl.int32), 0), 0)
 
 
-@triton.jit(do_not_specialize=["count", "forced", "keep"])
+@triton.jit(do_not_specialize=["mass_ptr", "allowed_ptr", "count", "forced", "keep"])
 def _keep(
     mass_ptr,
     allowed_ptr,
@@ -188,7 +188,7 @@ def top_budget(
     return kept.view(torch.bool)
 
 
-@triton.jit(do_not_specialize=["number", "keep", "forced", "width"])
+@triton.jit(do_not_specialize=["mass_ptr", "number", "keep", "forced", "width"])
 def _buckets(
     mass_ptr,
     index_ptr,

@@ -26,7 +26,7 @@ NAMES = ["a_shape", "vertical_slash", "grid_frame", "block_topk", "q_slash", "2d
 
 
 def softmax_with_means(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, head: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, head: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of one head in fp64, its q [Nq, D] and k, v [Nk, D] given; groups in order, the last one counts."""
     out = torch.zeros(len(q), v.shape[1], dtype=torch.float64)
@@ -45,10 +45,10 @@ def softmax_with_means(
             for position in at.tolist():
                 i = position - plan.prefix
                 seen = mask[i]
-                logits = [k[seen] @ q[i] * SCALE]
+                logits = [k[seen] @ q[i] * scale]
                 values = [v[seen]]
                 for keys in left_out:
-                    logits.append((k[keys].mean(0) @ q[i] * SCALE)[None] + torch.log(torch.tensor(float(len(keys)))))
+                    logits.append((k[keys].mean(0) @ q[i] * scale)[None] + torch.log(torch.tensor(float(len(keys)))))
                     values.append(v[keys].mean(0)[None])
                 joined = torch.cat(logits)
                 out[i], lse[i] = joined.softmax(0) @ torch.cat(values), joined.logsumexp(0)
@@ -67,6 +67,7 @@ def _left_out(group: HeadGroup, k_pos: torch.Tensor, computed: torch.Tensor, fir
 @pytest.mark.parametrize("kind", ["reference", "triton", pytest.param("fa4", marks=pytest.mark.gpu)])
 def test_residual_is_one_softmax_with_the_means(kind: str, name: str, prefix: int, queries: int) -> None:
     dim, dtype = (128, torch.bfloat16) if kind == "fa4" else (16, torch.float32)
+    scale = 1.2 * dim**-0.5  # weights so flat that what is left out matters
     generator = torch.Generator().manual_seed(queries)
     q = torch.randn(queries, 4, dim, generator=generator).to(dtype)
     k, v = torch.randn(2, prefix + queries, 2, dim, generator=generator).to(dtype)
@@ -75,16 +76,16 @@ def test_residual_is_one_softmax_with_the_means(kind: str, name: str, prefix: in
     out, lse, plan = sparse_prefill(
         q.to(device), k.to(device), v.to(device), layout=TokenLayout(items=ITEMS, length=len(k), device=device),
         patterns=[head_pattern(RECIPES[name] | {"residual": True})] * 3 + [head_pattern({"pattern": "dense"})],
-        scale=SCALE, engine=engine(kind),
+        scale=scale, engine=engine(kind),
     )  # fmt: skip
     changed = 0
     for head in range(4):
         own, keys, values = (x[:, h].double() for x, h in ((q, head), (k, head // 2), (v, head // 2)))
-        want, want_lse = softmax_with_means(own, keys, values, plan, head)
-        bound = 1e-5 if dtype == torch.float32 else 8e-3  # bf16 rounds the means once and the output twice
+        want, want_lse = softmax_with_means(own, keys, values, plan, head, scale)
+        bound = 1e-5 if dtype == torch.float32 else 4e-3  # bf16 rounds the means once and the output twice
         assert relative_error(out[:, head].cpu(), want) <= bound, head
         assert relative_error(lse[:, head].cpu(), want_lse) <= bound, head
-        logits = (own @ keys.T * SCALE).masked_fill(~attended(plan, head), float("-inf"))
+        logits = (own @ keys.T * scale).masked_fill(~attended(plan, head), float("-inf"))
         changed += relative_error(logits.softmax(-1) @ values, want) > 4 * bound
     if prefix == 0:  # behind a long prefix, some recipes leave no whole tile out of so short a prompt
         assert changed == 3  # the residual did something, and left the dense head alone
