@@ -88,9 +88,12 @@ def plot(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> No
         own = [r for r in records if r["inputs"] == name]
         for label, style in (("without", "o-"), ("with", "s--")):
             axis.plot([r[label]["ms"] for r in own], [r[label]["error"] for r in own], style, label=f"{label} residual")
+        ticks = [n for n in (4, 6, 8, 12, 16, 24, 32, 48, 64) if n < 1.2 * max(r["with"]["ms"] for r in own)]
         axis.set(
             xscale="log", yscale="log", title=name, xlabel="ms, whole operator", ylabel="error against dense, relative"
         )
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.set_xticks([], minor=True)
         axis.grid(True, which="both", alpha=0.3)
     axes[0][0].legend()
     figure.suptitle(f"{SHAPE}, {TOKENS // K}K tokens, {about['gpu']}, growing budgets from left to right")

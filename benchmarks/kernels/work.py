@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mm_sglang.kernels.patterns.grid import SAMPLED_KEYS, Grid
 from mm_sglang.kernels.plan import TILE, HeadGroup, Plan
 
 
@@ -34,8 +35,9 @@ def stage_work(plan: Plan, q: torch.Tensor, k: torch.Tensor, tiles: int) -> dict
             )
         elif not group.everything:
             last = getattr(group.pattern, "last_q", 64)
-            _add(work, "estimate", 2.0 * last * keys * dim * heads, size * keys * dim * orders)
-            _add(work, "select", keys * (orders + heads), 4 * keys * orders + 4 * (keys // 64) * heads)
+            looked = min(keys, SAMPLED_KEYS) if isinstance(group.pattern, Grid) else keys
+            _add(work, "estimate", 2.0 * last * looked * dim * heads, size * looked * dim * orders)
+            _add(work, "select", looked * (orders + heads), 4 * looked * orders + 4 * (looked // 64) * heads)
         if group.k_order is not None:
             moved = 2 * group.key_tiles * TILE * dim * orders
             _add(work, "permute", moved, 2 * size * moved)
