@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_parallel
 
 from mm_sglang.config import SparseConfig
-from mm_sglang.kernels.engines import Engine, engine
-from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.dense import DenseSide
+from mm_sglang.kernels.engines import ENGINES, Engine, engine
+from mm_sglang.kernels.layout import TokenLayout, upload
 from mm_sglang.kernels.prefill import sparse_prefill
-from mm_sglang.layout import layout_from_sglang, require_known_architecture
+from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
 
@@ -36,13 +36,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SparseChunk:
-    """One request's share of a batch that is prefilled sparsely: rows [start, end) are positions [prefix, ...)."""
+    """One request's share of a batch that is prefilled sparsely: rows [start, end) are positions [prefix, ...).
+
+    slots: int32 [layout.length] row of the KV pool that holds each position.
+    """
 
     request: int
     rid: str
     start: int
     end: int
     layout: TokenLayout
+    slots: torch.Tensor
 
     @property
     def prefix(self) -> int:
@@ -60,10 +64,13 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         layers, heads = model.num_hidden_layers, model.num_attention_heads
         self.config.check_model(layers=layers, heads=heads)
         self.engine = choose_engine(self.config.engine, str(runner.device))
+        check_engine(self.engine, runner.dtype, model.head_dim)
         for unfit, what in (
             (runner.sliding_window_size, "sliding-window attention"),
+            (runner.use_mla_backend, "multi-head latent attention"),
             (not runner.spec_algorithm.is_none(), "speculative decoding"),
             (get_parallel().attn_cp_size > 1, "context parallelism"),
+            (runner.kv_cache_dtype != runner.dtype, f"a KV cache of {runner.kv_cache_dtype} for {runner.dtype}"),
         ):
             if unfit:
                 raise ValueError(f"mm_sparse does not serve {what}: needs a launch without it")
@@ -74,40 +81,58 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         self.recipes = [None if r is None else r[mine.start : mine.stop] for r in recipes]
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)
         self.tracer = Tracer(self.config.trace, rank=rank, first_head=mine.start) if self.config.trace else None
-        self.dense = TorchNativeAttnBackend(runner)
+        self.device = torch.device(runner.device)
+        self.dense = DenseSide(runner)
+        self.needs_cpu_seq_lens = True  # chunks are told apart on the host
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.chunks: list[SparseChunk] = []
+        self.whole_plan: Any = None
         self.dense_rows: torch.Tensor | None = None
         self.dense_batch: ForwardBatch | None = None
+        self.dense_plan: Any = None
         self._said: set[str] = set()
         log.info(
-            "mm_sparse: %d of %d layers sparse, min_tokens %d, dense backend torch_native, heads %d..%d of %d",
-            sum(r is not None for r in self.recipes), layers, self.config.min_tokens, mine.start, mine.stop - 1, heads,
+            "mm_sparse: %d of %d layers sparse, min_tokens %d, dense backend %s, heads %d..%d of %d",
+            sum(r is not None for r in self.recipes), layers, self.config.min_tokens, self.dense.name, mine.start,
+            mine.stop - 1, heads,
         )  # fmt: skip
+        if self.config.assume_video:
+            log.warning(
+                "mm_sparse: assume_video is on: prompts without media are laid out as video; for benchmarks only"
+            )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Split the batch into sparse chunks and the rest. The only place where mm_inputs can still be read."""
-        self.dense.init_forward_metadata(forward_batch)
+        self.whole_plan = self.dense.plan(forward_batch)
         self.chunks, self.dense_rows, self.dense_batch = [], None, None
         if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
             return
-        lengths = forward_batch.extend_seq_lens.tolist()
         rest, rest_rows, start = [], [], 0
-        for request, (length, keys) in enumerate(zip(lengths, forward_batch.seq_lens.tolist(), strict=True)):
+        for request, (length, keys) in enumerate(host_lengths(forward_batch)):
             end = start + length
             layout = self._layout_or_reason(forward_batch, request, length, keys)
             if isinstance(layout, TokenLayout):
                 rid = forward_batch.rids[request] if forward_batch.rids else str(request)
-                self.chunks.append(SparseChunk(request=request, rid=rid, start=start, end=end, layout=layout))
+                slots = self._slots(forward_batch, request, keys)
+                self.chunks.append(
+                    SparseChunk(request=request, rid=rid, start=start, end=end, layout=layout, slots=slots)
+                )
             else:
                 self._say_once(*layout)
                 rest.append(request)
                 rest_rows.append(torch.arange(start, end))
             start = end
         if self.chunks and rest:
-            self.dense_rows = torch.cat(rest_rows)
-            self.dense_batch = part_of_batch(forward_batch, torch.tensor(rest), self.dense_rows)
+            self.dense_rows = upload(torch.cat(rest_rows), self.device)
+            self.dense_batch = part_of_batch(forward_batch, rest, self.dense_rows)
+            self.dense_plan = self.dense.plan(self.dense_batch)
+
+    def _slots(self, batch: ForwardBatch, request: int, keys: int) -> torch.Tensor:
+        """A request's row of the page table, copied once for all layers; indexing by a tensor would wait for it."""
+        row = batch.req_pool_indices[request : request + 1]
+        table: torch.Tensor = self.req_to_token_pool.req_to_token[:, :keys]
+        return table.index_select(0, row)[0].int()
 
     def _say_once(self, reason: str, detail: str = "") -> None:
         if reason not in self._said:
@@ -123,8 +148,10 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         if keys < self.config.min_tokens:
             return (f"fewer keys than min_tokens={self.config.min_tokens}",)
         inputs = batch.mm_inputs[request] if batch.mm_inputs else None
+        if inputs is None and self.config.assume_video is not None:
+            return assumed_video(self.config.assume_video, keys, self.device)
         try:
-            return layout_from_sglang(inputs, keys, self.merge)
+            return layout_from_sglang(inputs, keys, self.merge, self.device)
         except ValueError as error:  # one odd request must not stop the server
             return ("no token layout: ", str(error))
 
@@ -135,22 +162,24 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         """[tokens, heads * head_dim] of the whole batch; writes K and V into the pool first."""
         recipes = self.recipes[layer.layer_id]
         if recipes is None or not self.chunks:
-            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)  # type: ignore[no-any-return]
+            return self.dense.extend(self.whole_plan, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if given := [name for name, value in kwargs.items() if value is not None]:
+            raise ValueError(f"mm_sparse: attention with {given[0]}: the sparse kernels don't compute that")
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         key_pool, value_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if self.dense_rows is not None:
             rows = self.dense_rows
-            out[rows] = self.dense.forward_extend(q[rows], None, None, layer, self.dense_batch, save_kv_cache=False)
+            out[rows] = self.dense.extend(
+                self.dense_plan, q[rows], None, None, layer, self.dense_batch, save_kv_cache=False
+            )
         heads = (layer.tp_q_head_num, layer.head_dim)
         for chunk in self.chunks:
-            index = forward_batch.req_pool_indices[chunk.request]
-            slots = self.req_to_token_pool.req_to_token[index, : chunk.layout.length].int()
             chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
             attended, _, plan = sparse_prefill(
-                chunk_q, key_pool, value_pool, slots=slots, layout=chunk.layout, patterns=recipes, scale=layer.scaling,
-                engine=self.engine, out=out[chunk.start : chunk.end].view(-1, *heads),
+                chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=recipes,
+                scale=layer.scaling, engine=self.engine, out=out[chunk.start : chunk.end].view(-1, *heads),
             )  # fmt: skip
             if self.tracer:
                 self.tracer.record(
@@ -158,31 +187,82 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                     layer.layer_id,
                     chunk.layout,
                     plan,
-                    (chunk_q, *(x[slots] for x in (key_pool, value_pool)), attended),
+                    (chunk_q, *(x[chunk.slots] for x in (key_pool, value_pool)), attended),
                 )
         return out
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.dense.forward_decode(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.dense.backend.forward_decode(*args, **kwargs)  # type: ignore[no-any-return]
+
+    # Decode and its CUDA graphs are the dense backend's alone.
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        self.dense.backend.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        self.dense.backend.init_forward_metadata_in_graph(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.dense.backend.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> Any:
+        return self.dense.backend.get_cuda_graph_seq_len_fill_value()
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        self.dense.backend.on_after_cuda_graph_warmup()
+
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        """Sparse prefill reads the page table until it ends."""
+        return self.dense.backend.shared_read_ends(fm) if fm.is_decode_or_idle() else SharedReadEnds.UNKNOWN
 
 
 def choose_engine(name: str, device: str) -> Engine:
     """The engine asked for, or for "auto" the device's own; logged with the reason. Raises ValueError if none fits."""
-    if device != "cpu":
-        raise ValueError(f"mm_sparse on device {device!r}: this version has no kernels for it, needs --device cpu")
-    chosen = engine("reference" if name == "auto" else name)
-    log.info(
-        "mm_sparse: engine %s: %s", chosen.name, f"the one for {device}" if name == "auto" else "asked for by name"
-    )
+    if name != "auto":
+        chosen, reason = engine(name), "asked for by name"
+    elif torch.device(device).type == "cpu":
+        chosen, reason = engine("reference"), "the one for a CPU"
+    elif (missing := ENGINES["fa4"].missing()) is None:
+        chosen, reason = engine("fa4"), f"the fastest on {torch.cuda.get_device_name()}"
+    else:
+        chosen, reason = engine("triton"), f"fa4 can't run here: {missing}"
+    if chosen.device is not None and chosen.device != torch.device(device).type:
+        raise ValueError(f"mm_sparse: engine={chosen.name!r} on device {device!r}: needs {chosen.device}")
+    log.info("mm_sparse: engine %s: %s", chosen.name, reason)
     return chosen
 
 
-def part_of_batch(batch: ForwardBatch, requests: torch.Tensor, rows: torch.Tensor) -> ForwardBatch:
-    """A batch of some of the requests, as far as a dense backend's extend reads it."""
+def check_engine(chosen: Engine, dtype: torch.dtype, head_dim: int) -> None:
+    """ValueError at start rather than at the first prompt."""
+    if chosen.dtypes is not None and dtype not in chosen.dtypes:
+        raise ValueError(f"mm_sparse: engine {chosen.name}: the model runs in {dtype}: needs one of {chosen.dtypes}")
+    if chosen.head_dims is not None and head_dim not in chosen.head_dims:
+        raise ValueError(f"mm_sparse: engine {chosen.name}: head_dim={head_dim}: needs one of {chosen.head_dims}")
+
+
+def host_lengths(batch: ForwardBatch) -> list[tuple[int, int]]:
+    """(tokens of the chunk, keys with it) of each request, from the host's copies."""
+    chunk, keys = batch.extend_seq_lens_cpu, batch.seq_lens_cpu
+    if chunk is None or keys is None:
+        raise ValueError("mm_sparse: a prefill batch without lengths on the host: needs overlap without spec decoding")
+    return list(zip((int(n) for n in chunk), (int(n) for n in keys), strict=True))
+
+
+def part_of_batch(batch: ForwardBatch, requests: list[int], rows: torch.Tensor) -> ForwardBatch:
+    """A batch of some of the requests, as far as a dense backend's extend reads it.
+
+    Args:
+        requests: ascending numbers in the batch; rows: int64 their rows, on the batch's device.
+    """
     part = copy.copy(batch)
     part.batch_size = len(requests)
-    for name in ("req_pool_indices", "seq_lens", "seq_lens_cpu", "extend_prefix_lens", "extend_seq_lens"):
-        setattr(part, name, getattr(batch, name)[requests])
+    index = upload(torch.tensor(requests), rows.device)
+    for name in ("req_pool_indices", "seq_lens", "extend_prefix_lens", "extend_seq_lens"):
+        setattr(part, name, getattr(batch, name)[index])
+    part.seq_lens_cpu = batch.seq_lens_cpu[torch.tensor(requests)]
+    part.seq_lens_sum = int(part.seq_lens_cpu.sum())
+    for name in ("extend_prefix_lens_cpu", "extend_seq_lens_cpu"):
+        setattr(part, name, [getattr(batch, name)[n] for n in requests])
+    part.extend_num_tokens = len(rows)
     part.extend_start_loc = torch.cumsum(part.extend_seq_lens, 0) - part.extend_seq_lens
     part.out_cache_loc = batch.out_cache_loc[rows]
     return part

@@ -38,6 +38,23 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AssumedVideo:
+    """For benchmarks with dummy weights: prompts without media count as videos of `frames` frames of `rows` x `cols`
+    tokens, `text` text tokens after each. Never for real prompts, whose text it would take for video."""
+
+    frames: int = 16
+    rows: int = 14
+    cols: int = 14
+    text: int = 512
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("rows", 1), ("cols", 1), ("text", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"assume_video: {name}={value!r}: needs a whole number of at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparseConfig:
     """Settings of the backend `mm_sparse`.
 
@@ -48,6 +65,7 @@ class SparseConfig:
         min_tokens: a chunk with fewer keys than this (prefix + chunk) is left to the dense backend. Default: 4096.
         engine: a name of `kernels.engines.ENGINES`, or "auto": by device, logged with its reason.
         trace: see Trace.
+        assume_video: see AssumedVideo.
         provenance: free notes on where the recipes come from (model, samples, recall); carried, not interpreted.
     """
 
@@ -57,6 +75,7 @@ class SparseConfig:
     min_tokens: int = 4096
     engine: str = "auto"
     trace: Trace | None = None
+    assume_video: AssumedVideo | None = None
     provenance: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
 
     def __post_init__(self) -> None:
@@ -87,6 +106,9 @@ class SparseConfig:
             if not isinstance(trace.get("dir"), str):
                 raise ValueError(f"trace: dir={trace.get('dir')!r}: needs a folder's path")
             made["trace"] = Trace(dir=trace["dir"], tensors=_numbers(trace.get("tensors"), "trace: tensors"))
+        if known.get("assume_video") is not None:
+            shape = _only(known["assume_video"], "assume_video", *(f.name for f in fields(AssumedVideo)))
+            made["assume_video"] = AssumedVideo(**shape)
         return cls(**made)
 
     @classmethod

@@ -7,10 +7,12 @@ embeddings are merged, before the first layer runs (managers/mm_utils.py, `gener
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from mm_sglang.config import AssumedVideo
 from mm_sglang.kernels.layout import IMAGE, VIDEO, TokenLayout, VisionItem, consume_grids
 
 # Architectures whose vision tokens were checked to lie as `consume_grids` says (tests/test_layout.py, tests/e2e).
@@ -40,7 +42,7 @@ def _numbers(value: Any) -> list[float] | None:
 CACHE = "_mm_sglang_layout"  # attribute of a request's mm_inputs: the layout goes when the request goes
 
 
-def layout_from_sglang(mm_inputs: Any, length: int, merge: int) -> TokenLayout:
+def layout_from_sglang(mm_inputs: Any, length: int, merge: int, device: torch.device | str = "cpu") -> TokenLayout:
     """Layout of positions [0, length) of one request; its coordinates are computed once, for the first chunk.
 
     Args:
@@ -48,19 +50,34 @@ def layout_from_sglang(mm_inputs: Any, length: int, merge: int) -> TokenLayout:
             absolute in the whole prompt with inclusive ends, the same in every chunk and on a radix hit.
         length: positions known so far: prefix + chunk.
         merge: the vision tower's spatial_merge_size.
+        device: where the coordinates are kept.
 
     Raises:
         ValueError: an item without a grid (precomputed embeddings), of another modality, or whose offsets and grid
             disagree.
     """
     if mm_inputs is None:
-        return TokenLayout(items=(), length=length)
+        return TokenLayout(items=(), length=length, device=device)
     items = _items(mm_inputs.mm_items, merge)
     whole: TokenLayout | None = getattr(mm_inputs, CACHE, None)
     if whole is None or whole.items != items:  # a session's later turn may have brought more images
-        whole = TokenLayout(items=items, length=items[-1].spans[-1][1] if items else 0)
+        whole = TokenLayout(items=items, length=items[-1].spans[-1][1] if items else 0, device=device)
         setattr(mm_inputs, CACHE, whole)
     return whole.until(length)
+
+
+def assumed_video(shape: AssumedVideo, length: int, device: torch.device | str) -> TokenLayout:
+    """A prompt of `length` tokens as videos of this shape with text between, from its start; for benchmarks."""
+    return _assumed(shape, 1 << max(16, (length - 1).bit_length()), str(device)).until(length)
+
+
+@lru_cache(maxsize=4)
+def _assumed(shape: AssumedVideo, length: int, device: str) -> TokenLayout:
+    size = shape.frames * shape.rows * shape.cols
+    spans = [(start, start + size) for start in range(0, length, size + shape.text)]
+    grids = [(shape.frames, shape.rows, shape.cols)] * len(spans)
+    items = tuple(consume_grids(VIDEO, grids, spans, 1))
+    return TokenLayout(items=items, length=length, device=device)
 
 
 def _items(entries: Sequence[Any], merge: int) -> tuple[VisionItem, ...]:

@@ -1,0 +1,1 @@
+"""Time to first token of SGLang, stock and with mm_sparse."""
