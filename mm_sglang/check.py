@@ -68,11 +68,9 @@ def _device() -> Row:
     import torch
 
     if torch.cuda.is_available():
-        return (
-            "device",
-            False,
-            f"{torch.cuda.get_device_name()}: no kernels for it in this version; --device cpu serves",
-        )
+        major, minor = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()}, SM{major}{minor}"
+        return "device", major in (8, 9), name if major in (8, 9) else f"{name}: needs SM80 to SM90"
     return "device", True, f"cpu, {torch.get_num_threads()} threads, no GPU found"
 
 

@@ -31,10 +31,6 @@ CPU_FLAGS: dict[str, str | None] = {
 def run_server(model: str, *, config: str | None, extra: Sequence[str]) -> int:
     """Check, print the command, become it. Raises ValueError for what can be known to be wrong before the start."""
     require_supported_sglang()
-    import torch
-
-    if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
-        raise ValueError("this version of mm_sparse runs on a CPU only (see `mm-sglang check`): add --device cpu")
     command, environment = server_command(model, config=config, extra=extra, cores=os.cpu_count() or 1)
     shown = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*shown, *map(shlex.quote, command)]), flush=True)
@@ -44,11 +40,13 @@ def run_server(model: str, *, config: str | None, extra: Sequence[str]) -> int:
 def server_command(
     model: str, *, config: str | None, extra: Sequence[str], cores: int
 ) -> tuple[list[str], dict[str, str]]:
-    """The server's argv and the environment variables it needs.
+    """The server's argv and the environment variables it needs: on the GPU if there is one, else on the CPU.
 
     Raises:
         ValueError: settings that are wrong, or that don't fit a model folder that is here to be read.
     """
+    import torch
+
     extra, overrides = _without_overrides(extra)
     if config is not None:
         if "mm_sparse" in overrides:
@@ -57,11 +55,14 @@ def server_command(
     settings = SparseConfig.from_settings(overrides.get("mm_sparse"))
     check_model_folder(model, settings)
 
-    environment = {"SGLANG_PLATFORM": CPU_PLATFORM}
-    ranks = _ranks(extra)
-    if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
-    flags = {"--attention-backend": BACKEND, **CPU_FLAGS}
+    environment: dict[str, str] = {}
+    flags: dict[str, str | None] = {"--attention-backend": BACKEND}
+    if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
+        environment["SGLANG_PLATFORM"] = CPU_PLATFORM
+        ranks = _ranks(extra)
+        if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
+        flags |= CPU_FLAGS
     added = [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
     if overrides:
         added += [OVERRIDES, json.dumps(overrides)]

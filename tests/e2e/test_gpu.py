@@ -1,21 +1,148 @@
-"""On a GPU this version refuses by name: no kernels there yet, and no dense run in their place."""
+"""mm_sparse on a GPU: real servers, real media; budgets that cover everything give the dense backend's answers."""
 
 from __future__ import annotations
 
+import base64
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
 import pytest
-from assets import Assets
+import requests
+import yaml
+from assets import Assets, make_assets
 
 from mm_sglang.check import checks
 from mm_sglang.demo.server import Server
-from mm_sglang.serve import sglang_script
+from mm_sglang.kernels.engines import ENGINES
+from mm_sglang.serve import server_command, sglang_script
 
 pytestmark = [pytest.mark.e2e, pytest.mark.gpu]
 
+MUCH = 10**6
+COVERING: dict[str, Any] = {
+    "default": {"pattern": "vertical_slash", "columns": MUCH, "slashes": MUCH},
+    "layers": {
+        "1": {"default": {"pattern": "grid", "lines": MUCH}, "heads": {"2": {"pattern": "dense"}}},
+        "2": {
+            "default": {"pattern": "a_shape", "local": MUCH},
+            "heads": {"5": {"pattern": "block_topk", "blocks": MUCH}},
+        },
+        "3": {"default": {"pattern": "vertical_slash", "columns": MUCH, "slashes": MUCH, "boundary": "2d"}},
+    },
+    "min_tokens": 200,  # short prompts, and parts of batches, go to the dense side
+}
+FLAGS = (
+    "--dtype",
+    "bfloat16",
+    "--mem-fraction-static",
+    "0.12",
+    "--max-total-tokens",
+    "20000",
+    "--cuda-graph-max-bs",
+    "8",
+)
+SERVERS: dict[str, tuple[str, bool, tuple[str, ...]]] = {  # architecture, sparse, flags
+    "dense": ("qwen2_5_vl", False, ("--chunked-prefill-size", "2048")),
+    "chunks of 256": ("qwen2_5_vl", True, ("--chunked-prefill-size", "256", "--enable-mixed-chunk")),
+    "pages of 128": ("qwen2_5_vl", True, ("--chunked-prefill-size", "2048", "--page-size", "128")),
+    "Qwen3-VL, dense": ("qwen3_vl", False, ("--chunked-prefill-size", "2048")),
+    "Qwen3-VL": ("qwen3_vl", True, ("--chunked-prefill-size", "512")),
+}
+TOKENS = 6
 
-def test_mm_sparse_refuses_to_start_and_says_why(assets: Assets) -> None:
-    command = [sglang_script(), "serve", str(assets.models["qwen2_5_vl"]), "--attention-backend", "mm_sparse"]
+
+@pytest.fixture(scope="module")
+def gpu_assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    return make_assets(tmp_path_factory.mktemp("gpu"), head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def answers(gpu_assets: Assets) -> Iterator[dict[str, dict[str, Any]]]:
+    """server -> prompt -> the answer's tokens with their best log probabilities; all servers run at once."""
+    config = gpu_assets.folder / "covering.yaml"
+    config.write_text(yaml.safe_dump(COVERING))
+    with ExitStack() as stack, ThreadPoolExecutor(len(SERVERS)) as pool:
+
+        def start(entry: tuple[str, tuple[str, bool, tuple[str, ...]]]) -> tuple[str, str]:
+            name, (architecture, sparse, flags) = entry
+            model = str(gpu_assets.models[architecture])
+            extra = [*FLAGS, *flags]
+            if sparse:
+                command, environment = server_command(model, config=str(config), extra=extra, cores=1)
+            else:
+                command, environment = [sglang_script(), "serve", model, "--attention-backend", "fa3", *extra], {}
+            log = gpu_assets.folder / f"{name.replace(' ', '-')}.log"
+            return name, stack.enter_context(Server(command, environment, log)).url
+
+        urls = dict(pool.map(start, SERVERS.items()))
+        yield {
+            name: dict(
+                zip(
+                    gpu_assets.prompts,
+                    pool.map(lambda parts, url=url: ask(url, parts), gpu_assets.prompts.values()),  # a batch of all
+                    strict=True,
+                )
+            )
+            for name, url in urls.items()
+        }
+
+
+def ask(url: str, parts: Any) -> list[dict[str, float]]:
+    """The best tokens at each place of the greedy answer, with their log probabilities."""
+    content: list[dict[str, Any]] = []
+    for kind, value in parts:
+        if kind == "text":
+            content.append({"type": "text", "text": value})
+        else:
+            data = base64.b64encode(Path(value).read_bytes()).decode()
+            mime = {"image": "image/png", "video": "video/mp4"}[kind]
+            content.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}})
+    body = {
+        "model": "default", "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, "temperature": 0,
+        "logprobs": True, "top_logprobs": 5, "ignore_eos": True,
+    }  # fmt: skip
+    answer = requests.post(url + "/v1/chat/completions", json=body, timeout=300)
+    answer.raise_for_status()
+    places = answer.json()["choices"][0]["logprobs"]["content"]
+    return [{str(t["bytes"]) + t["token"]: t["logprob"] for t in place["top_logprobs"]} for place in places]
+
+
+@pytest.mark.parametrize("prompt", ["text", "image", "video", "mixed"])
+@pytest.mark.parametrize("name", [name for name, (_, sparse, _) in SERVERS.items() if sparse])
+def test_covering_budgets_answer_as_dense_does(
+    name: str, prompt: str, answers: dict[str, dict[str, list[dict[str, float]]]]
+) -> None:
+    """bf16 rounds two kernels differently, so log probabilities are compared, up to the first token that differs."""
+    dense = answers["Qwen3-VL, dense" if name.startswith("Qwen3") else "dense"][prompt]
+    got = answers[name][prompt]
+    assert len(got) == len(dense) == TOKENS
+    for place, (a, b) in enumerate(zip(got, dense, strict=True)):
+        common = set(a) & set(b)
+        assert len(common) >= 4, (place, a, b)
+        assert max(abs(a[t] - b[t]) for t in common) <= 0.15, (place, a, b)
+        assert all(math.isfinite(x) for x in a.values())
+        if max(a, key=lambda t: a[t]) != max(b, key=lambda t: b[t]):
+            break  # a near tie, as just shown; from here on the prompts differ
+
+
+def test_check_names_the_device_and_the_engine() -> None:
+    rows = {what: fine for what, fine, _ in checks()}
+    assert rows["device"]
+    assert rows["engine fa4"] == (ENGINES["fa4"].missing() is None)
+
+
+def test_a_model_the_kernels_do_not_fit_is_refused_at_start(assets: Assets) -> None:
+    command, environment = server_command(
+        str(assets.models["qwen2_5_vl"]),
+        config=None,
+        extra=["--dtype", "bfloat16", "--mem-fraction-static", "0.1"],
+        cores=1,
+    )
     log = assets.folder / "gpu-refused.log"
-    with pytest.raises(RuntimeError, match="the server ended with code"), Server(command, {}, log):
+    with pytest.raises(RuntimeError, match="the server ended with code"), Server(command, environment, log):
         pass
-    assert "mm_sparse on device 'cuda': this version has no kernels for it" in log.read_text()
-    assert next(fine for what, fine, _ in checks() if what == "device") is False
+    assert "head_dim=32: needs one of (64, 128)" in log.read_text()

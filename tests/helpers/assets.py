@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mm_sglang.demo.client import Part
 from mm_sglang.demo.tiny_model import ARCHITECTURES, make_tiny_model
@@ -17,12 +19,18 @@ class Assets:
     folder: Path
 
 
-def make_assets(folder: Path) -> Assets:
+def _video(path: Path, **shape: Any) -> Path:
+    elsewhere = os.environ.get("MM_SGLANG_VIDEOS")
+    return render_video(path, **shape).path if elsewhere is None else Path(elsewhere) / path.name
+
+
+def make_assets(folder: Path, *, head_dim: int = 32) -> Assets:
+    """Models, an image and two videos; videos made elsewhere are taken from the folder MM_SGLANG_VIDEOS, if set."""
     from PIL import Image
 
-    models = {name: make_tiny_model(folder / name, architecture=name) for name in ARCHITECTURES}
-    wide = render_video(folder / "wide.mp4", seconds=4.0, width=224, height=168, seed=1).path
-    tall = render_video(folder / "tall.mp4", seconds=3.0, width=168, height=224, seed=2).path
+    models = {name: make_tiny_model(folder / name, architecture=name, head_dim=head_dim) for name in ARCHITECTURES}
+    wide = _video(folder / "wide.mp4", seconds=4.0, width=224, height=168, seed=1)
+    tall = _video(folder / "tall.mp4", seconds=3.0, width=168, height=224, seed=2)
     image = folder / "image.png"
     Image.fromarray(next(scene_frames(1, 1, 224, 168, seed=3))).save(image)
     question: Part = ("text", "what is in the video?")
