@@ -240,10 +240,10 @@ def check_engine(chosen: Engine, dtype: torch.dtype, head_dim: int) -> None:
 
 
 def host_lengths(batch: ForwardBatch) -> list[tuple[int, int]]:
-    """(tokens of the chunk, keys with it) of each request, from the host's copies."""
+    """(tokens of the chunk, keys with it) of each request, from the host's copies (SGLang's dummy batches have none)."""
     chunk, keys = batch.extend_seq_lens_cpu, batch.seq_lens_cpu
     if chunk is None or keys is None:
-        raise ValueError("mm_sparse: a prefill batch without lengths on the host: needs overlap without spec decoding")
+        chunk, keys = batch.extend_seq_lens.tolist(), batch.seq_lens.tolist()
     return list(zip((int(n) for n in chunk), (int(n) for n in keys), strict=True))
 
 

@@ -50,7 +50,7 @@ def contestants(options: argparse.Namespace, model: Path) -> list[dict[str, Any]
     common: dict[str, Any] = {
         "model_path": str(model), "load_format": "dummy", "dtype": "bfloat16", "disable_radix_cache": True,
         "context_length": longest + 4096, "max_total_tokens": longest + 65536, "page_size": 1,
-        "mem_fraction_static": options.memory, "cuda_graph_max_bs": 16, "max_running_requests": 32,
+        "mem_fraction_static": options.memory, "cuda_graph_max_bs_decode": 16, "max_running_requests": 32,
         "random_seed": 0, "log_level": "warning", "watchdog_timeout": 1200,
     }  # fmt: skip
     out = []

@@ -42,7 +42,7 @@ FLAGS = (
     "0.12",
     "--max-total-tokens",
     "20000",
-    "--cuda-graph-max-bs",
+    "--cuda-graph-max-bs-decode",
     "8",
 )
 SERVERS: dict[str, tuple[str, bool, tuple[str, ...]]] = {  # architecture, sparse, flags
