@@ -240,7 +240,7 @@ def check_engine(chosen: Engine, dtype: torch.dtype, head_dim: int) -> None:
 
 
 def host_lengths(batch: ForwardBatch) -> list[tuple[int, int]]:
-    """(tokens of the chunk, keys with it) of each request, from the host's copies (SGLang's dummy batches have none)."""
+    """(tokens of the chunk, keys with it) of each request, on the host (dummy batches have no copy there)."""
     chunk, keys = batch.extend_seq_lens_cpu, batch.seq_lens_cpu
     if chunk is None or keys is None:
         chunk, keys = batch.extend_seq_lens.tolist(), batch.seq_lens.tolist()
