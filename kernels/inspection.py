@@ -18,6 +18,13 @@ def tile_counts(group: HeadGroup) -> tuple[int, int]:
     return full + partial, partial
 
 
+def tile_counts_on_device(plan: Plan) -> torch.Tensor:
+    """int64 []: tiles computed by all heads of a plan, without waiting for the device."""
+    counts = [lists.full_count.sum() + lists.partial_count.sum() for group in plan.groups
+              for first, last in group.slices() for lists in (group.lists(first, last),)]  # fmt: skip
+    return torch.stack(counts).sum()
+
+
 def by_pattern(plan: Plan) -> list[tuple[HeadPattern, list[int], int, int]]:
     """(recipe, its heads, tiles, partial tiles) of every recipe of a plan, its groups taken together."""
     rows: dict[HeadPattern, tuple[list[int], int, int]] = {}

@@ -22,6 +22,7 @@ class Ops:
     limits: Callable[..., Any]
     tile_lists: Callable[..., Any]
     residual: Callable[..., Any]
+    row_lse: Callable[..., Any]
 
 
 def _timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +46,7 @@ def reference_ops() -> Ops:
     return Ops(
         sampled_mass=estimate.sampled_mass, top_budget=select.top_budget, top_buckets=select.top_buckets,
         pool=blocks_reference.pool, key_order=permute.key_order, limits=tiles.limits, tile_lists=tiles.tile_lists,
-        residual=residual_reference.residual,
+        residual=residual_reference.residual, row_lse=estimate.row_lse,
     )  # fmt: skip
 
 
@@ -68,4 +69,5 @@ def triton_ops() -> Ops:
         limits=_timed("plan", tiles.limits),
         tile_lists=_timed("plan", tiles.tile_lists),
         residual=_timed("merge", residual_gpu.residual),
+        row_lse=estimate.row_lse,
     )

@@ -26,6 +26,10 @@ class StageTimer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         StageTimer._active = None
 
+    def done(self) -> bool:
+        """Whether the device has passed the last mark."""
+        return not self._marks or bool(self._marks[-1][2].query())  # type: ignore[no-untyped-call]
+
     def milliseconds(self) -> dict[str, float]:
         """Device time by stage, summed over its calls; waits for the device."""
         torch.cuda.synchronize()

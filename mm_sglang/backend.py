@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_observability, get_parallel
 
 from mm_sglang.config import SparseConfig
 from mm_sglang.dense import DenseSide
@@ -23,8 +24,10 @@ from mm_sglang.kernels.engines import ENGINES, Engine, engine
 from mm_sglang.kernels.layout import TokenLayout, upload
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
+from mm_sglang.metrics import Metrics
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
+from mm_sglang.watch import Done, Watch
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -78,7 +81,9 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         mine = local_heads(heads, rank, size)
         recipes = [self.config.patterns(layer, heads) for layer in range(layers)]
-        self.recipes = [None if r is None else r[mine.start : mine.stop] for r in recipes]
+        metrics = Metrics(on=bool(get_observability().enable_metrics) and rank == 0)
+        own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
+        self.watch = Watch(self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda")
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)
         self.tracer = Tracer(self.config.trace, rank=rank, first_head=mine.start) if self.config.trace else None
         self.device = torch.device(runner.device)
@@ -94,7 +99,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         self._said: set[str] = set()
         log.info(
             "mm_sparse: %d of %d layers sparse, min_tokens %d, dense backend %s, heads %d..%d of %d",
-            sum(r is not None for r in self.recipes), layers, self.config.min_tokens, self.dense.name, mine.start,
+            sum(r is not None for r in own), layers, self.config.min_tokens, self.dense.name, mine.start,
             mine.stop - 1, heads,
         )  # fmt: skip
         if self.config.assume_video:
@@ -109,6 +114,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
             return
         rest, rest_rows, start = [], [], 0
+        reasons: list[tuple[str, int]] = []
         for request, (length, keys) in enumerate(host_lengths(forward_batch)):
             end = start + length
             layout = self._layout_or_reason(forward_batch, request, length, keys)
@@ -120,9 +126,11 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 )
             else:
                 self._say_once(*layout)
+                reasons.append((layout[0], length))
                 rest.append(request)
                 rest_rows.append(torch.arange(start, end))
             start = end
+        self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks])
         if self.chunks and rest:
             self.dense_rows = upload(torch.cat(rest_rows), self.device)
             self.dense_batch = part_of_batch(forward_batch, rest, self.dense_rows)
@@ -160,7 +168,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         save_kv_cache: bool = True, **kwargs: Any,
     ) -> torch.Tensor:  # fmt: skip
         """[tokens, heads * head_dim] of the whole batch; writes K and V into the pool first."""
-        recipes = self.recipes[layer.layer_id]
+        recipes = self.watch.recipes.now[layer.layer_id]
         if recipes is None or not self.chunks:
             return self.dense.extend(self.whole_plan, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if given := [name for name, value in kwargs.items() if value is not None]:
@@ -177,9 +185,14 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         heads = (layer.tp_q_head_num, layer.head_dim)
         for chunk in self.chunks:
             chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
-            attended, _, plan = sparse_prefill(
-                chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=recipes,
-                scale=layer.scaling, engine=self.engine, out=out[chunk.start : chunk.end].view(-1, *heads),
+            with self.watch.timer(layer.layer_id) or nullcontext():
+                attended, lse, plan = sparse_prefill(
+                    chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=recipes,
+                    scale=layer.scaling, engine=self.engine, out=out[chunk.start : chunk.end].view(-1, *heads),
+                )  # fmt: skip
+            self.watch.after(
+                Done(layer=layer.layer_id, q=chunk_q, lse=lse, pool=key_pool, slots=chunk.slots, layout=chunk.layout,
+                     plan=plan, scale=layer.scaling)
             )  # fmt: skip
             if self.tracer:
                 self.tracer.record(

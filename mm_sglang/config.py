@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,48 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Recall, measured now and then: of `rows` queries of a chunk, all heads, one layer, every `every` batches.
+
+    It costs about half of what a vertical_slash head's estimate does; seen in --enable-metrics. Off unless given.
+    """
+
+    every: int = 16
+    rows: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least_one("probe", self, "every", "rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """A head whose recall stays under `coverage` gets doubled budgets, at most `grow` times, and then is dense.
+
+    Judged from `rows` queries of a chunk, in every sparse layer, every `every` batches; acts on later chunks, as long as
+    the server runs. Off unless given.
+    """
+
+    coverage: float
+    grow: int = 3
+    every: int = 1
+    rows: int = 16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coverage, int | float) or isinstance(self.coverage, bool) or not 0 < self.coverage < 1:
+            raise ValueError(f"guard: coverage={self.coverage!r}: needs a number between 0 and 1")
+        if not isinstance(self.grow, int) or isinstance(self.grow, bool) or not 0 <= self.grow <= 16:
+            raise ValueError(f"guard: grow={self.grow!r}: needs a whole number from 0 to 16")
+        _at_least_one("guard", self, "every", "rows")
+
+
+def _at_least_one(where: str, entry: object, *names: str) -> None:
+    for name in names:
+        value = getattr(entry, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {name}={value!r}: needs a whole number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AssumedVideo:
     """For benchmarks with dummy weights: prompts without media count as videos of `frames` frames of `rows` x `cols`
     tokens, `text` text tokens after each. Never for real prompts, whose text it would take for video."""
@@ -65,6 +107,8 @@ class SparseConfig:
         min_tokens: a chunk with fewer keys than this (prefix + chunk) is left to the dense backend. Default: 4096.
         engine: a name of `kernels.engines.ENGINES`, or "auto": by device, logged with its reason.
         trace: see Trace.
+        probe: see Probe.
+        guard: see Guard.
         assume_video: see AssumedVideo.
         provenance: free notes on where the recipes come from (model, samples, recall); carried, not interpreted.
     """
@@ -75,6 +119,8 @@ class SparseConfig:
     min_tokens: int = 4096
     engine: str = "auto"
     trace: Trace | None = None
+    probe: Probe | None = None
+    guard: Guard | None = None
     assume_video: AssumedVideo | None = None
     provenance: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
 
@@ -106,9 +152,9 @@ class SparseConfig:
             if not isinstance(trace.get("dir"), str):
                 raise ValueError(f"trace: dir={trace.get('dir')!r}: needs a folder's path")
             made["trace"] = Trace(dir=trace["dir"], tensors=_numbers(trace.get("tensors"), "trace: tensors"))
-        if known.get("assume_video") is not None:
-            shape = _only(known["assume_video"], "assume_video", *(f.name for f in fields(AssumedVideo)))
-            made["assume_video"] = AssumedVideo(**shape)
+        for name, kind in (("probe", Probe), ("guard", Guard), ("assume_video", AssumedVideo)):
+            if known.get(name) is not None:
+                made[name] = _section(kind, known[name], name)
         return cls(**made)
 
     @classmethod
@@ -162,6 +208,14 @@ class SparseConfig:
 def default_config() -> Path:
     """The YAML file used when no settings are given."""
     return Path(str(resources.files("mm_sglang") / "configs" / "default.yaml"))
+
+
+def _section(kind: type[Any], value: object, where: str) -> Any:
+    given = _only(value, where, *(f.name for f in fields(kind)))
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.name not in given]
+    if needed:
+        raise ValueError(f"{where}: needs the key {needed[0]!r}")
+    return kind(**given)
 
 
 def _layer(number: int, entry: object, default: HeadPattern) -> LayerPatterns:

@@ -141,6 +141,8 @@ def main() -> int:
         for spec in contestants(options, model):
             record["runs"].append(run(spec, Path(scratch)))
             out.write_text(json.dumps(record, indent=1))
+            if "error" in record["runs"][-1]:
+                break  # what the others would have given has nothing to be compared with
     print(table(record))
     return 1 if any("error" in r for r in record["runs"]) else 0
 

@@ -130,6 +130,48 @@ def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_pt
 # fmt: on
 
 
+def _flat(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    return device_ints(tuple(h for row in heads for h in row), device)
+
+
+def _row_lse(
+    q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, heads: tuple[tuple[int, ...], ...],
+    kv_head: tuple[int, ...], rows: torch.Tensor, prefix: int, sampled: int, k_pos: torch.Tensor | None, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Base-2 log-sum-exp [G * blocks * ROWS] of each sampled query over the sampled keys; +inf where it sees none."""
+    device, g, count = q.device, len(heads[0]), len(rows)
+    members, blocks = len(heads) * g, max(1, -(-count // ROWS))
+    block = _block(q)
+    splits = min(MOST_SPLITS, max(1, -(-sampled // 2048)))
+    per_split = -(-sampled // splits)
+    top = torch.empty(members * blocks * ROWS * splits, device=device)
+    total, lse = torch.empty_like(top), torch.empty(members * blocks * ROWS, device=device)
+    per_split = -(-per_split // block) * block
+    _row_stats[(members, blocks, splits)](
+        q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, _flat(heads, device),
+        device_ints(kv_head, device), top, total, count, sampled, prefix, scale * LOG2E, q.stride(0), q.stride(1),
+        k.stride(0), k.stride(1), g, per_split, splits, HAS_SLOTS=slots is not None, HAS_KPOS=k_pos is not None,
+        D=q.shape[2], ROWS=ROWS, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    _combine[(members * blocks * ROWS,)](top, total, lse, splits, SPLITS=MOST_SPLITS, num_warps=1)
+    return lse
+
+
+def _block(q: torch.Tensor) -> int:
+    return 128 if q.element_size() == 2 else 64
+
+
+def row_lse(
+    q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, rows: torch.Tensor, prefix: int, scale: float
+) -> torch.Tensor:
+    """As estimate.reference.row_lse."""
+    share, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    heads = tuple(tuple(range(j * share, (j + 1) * share)) for j in range(kv_heads))
+    lse = _row_lse(q, k, slots, heads, tuple(range(kv_heads)), rows, prefix, prefix + len(q), None, scale)
+    out = lse.view(q.shape[1], -1)[:, : len(rows)] / LOG2E
+    return torch.where(out == float("inf"), float("-inf"), out)
+
+
 def sampled_mass(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -146,31 +188,19 @@ def sampled_mass(
     """As estimate.reference.sampled_mass; buckets stay zero with k_pos, where nobody asks for them."""
     device, g, count = q.device, len(heads[0]), len(rows)
     sampled = keys if k_pos is None else len(k_pos)
-    members, blocks = len(heads) * g, max(1, -(-count // ROWS))
-    block = 128 if q.element_size() == 2 else 64
-    splits = min(MOST_SPLITS, max(1, -(-sampled // 2048)))
-    per_split = -(-sampled // splits)
-    flat = device_ints(tuple(h for row in heads for h in row), device)
-    kv = device_ints(kv_head, device)
-    top = torch.empty(members * blocks * ROWS * splits, device=device)
-    total, lse = torch.empty_like(top), torch.empty(members * blocks * ROWS, device=device)
+    members, blocks, block = len(heads) * g, max(1, -(-count // ROWS)), _block(q)
+    lse = _row_lse(q, k, slots, heads, kv_head, rows, prefix, sampled, k_pos, scale)
     columns = torch.empty(len(heads), sampled, device=device)
     number = -(-keys // BUCKET)
     buckets = torch.zeros(members, number, device=device)
-    per_split = -(-per_split // block) * block
-    flags = dict(HAS_SLOTS=slots is not None, HAS_KPOS=k_pos is not None, D=q.shape[2], ROWS=ROWS, BLOCK=block)
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), g)
-    tensors = (q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, flat, kv)
-    _row_stats[(members, blocks, splits)](
-        *tensors, top, total, count, sampled, prefix, scale * LOG2E, *strides, per_split, splits, **flags, num_warps=4
-    )
-    _combine[(members * blocks * ROWS,)](top, total, lse, splits, SPLITS=MOST_SPLITS, num_warps=1)
     share = 1.0 / max(1, count)
     # A run of consecutive rows: key blocks are shifted so that every one starts a bucket away from row 0.
     aligned = k_pos is None and last_row is not None
     shift = -(prefix + last_row - count + 1) % BUCKET if aligned and last_row is not None else 0
     _mass[(-(-(sampled + shift) // block), len(heads))](
-        *tensors, lse, columns, buckets, count, sampled, prefix, scale * LOG2E, share, *strides, blocks, number, shift,
-        **flags, ALIGNED=aligned, BUCKET=BUCKET, num_warps=4,
+        q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, _flat(heads, device),
+        device_ints(kv_head, device), lse, columns, buckets, count, sampled, prefix, scale * LOG2E, share, q.stride(0),
+        q.stride(1), k.stride(0), k.stride(1), g, blocks, number, shift, HAS_SLOTS=slots is not None,
+        HAS_KPOS=k_pos is not None, ALIGNED=aligned, D=q.shape[2], ROWS=ROWS, BLOCK=block, BUCKET=BUCKET, num_warps=4,
     )  # fmt: skip
     return columns, buckets

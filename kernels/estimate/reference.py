@@ -55,3 +55,18 @@ def sampled_mass(
             buckets[r * g + i].index_add_(0, (distance.clamp(min=0) // BUCKET).flatten(), weight.flatten())
         columns[r] /= max(1, sum(h >= 0 for h in row)) * max(1, len(rows))
     return columns, buckets
+
+
+def row_lse(
+    q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, rows: torch.Tensor, prefix: int, scale: float
+) -> torch.Tensor:
+    """fp32 [H, L]: log-sum-exp of dense causal attention for a few queries; with a sparse prefill's own, their recall.
+
+    Args:
+        q: [Nq, H, D], row i is position prefix + i; k, slots: as above, of all prefix + Nq keys.
+        rows: int32 [L] rows of q.
+    """
+    at = torch.arange(prefix + len(q), device=q.device)
+    source = k[at if slots is None else slots.long()].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = torch.einsum("lhd,nhd->hln", q[rows.long()].float(), source.float()) * scale
+    return logits.masked_fill(at > (prefix + rows.long())[:, None], float("-inf")).logsumexp(2)

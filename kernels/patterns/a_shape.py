@@ -21,6 +21,7 @@ class AShape(HeadPattern):
     """
 
     kind: ClassVar[str] = "a_shape"
+    budgets: ClassVar[tuple[str, ...]] = ("local",)
     sink: int = 128
     local: int = 4096
 

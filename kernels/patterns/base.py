@@ -6,8 +6,8 @@ Legend: R KV heads of a group and g query heads of each (G = R * g), Nq queries,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -119,7 +119,12 @@ class HeadPattern:
     """
 
     kind: ClassVar[str]
+    budgets: ClassVar[tuple[str, ...]] = ()  # fields that say how much is kept
     residual: bool = False
+
+    def grown(self, factor: int) -> Self:
+        """The same recipe with `factor` times the budgets."""
+        return replace(self, **{name: getattr(self, name) * factor for name in self.budgets})
 
     def select(self, view: View) -> Selection:
         """What to keep in this chunk."""

@@ -26,6 +26,7 @@ class BlockTopK(HeadPattern):
     """
 
     kind: ClassVar[str] = "block_topk"
+    budgets: ClassVar[tuple[str, ...]] = ("blocks",)
     blocks: int = 64
     coverage: float | None = None
     sink: int = 128

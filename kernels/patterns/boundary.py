@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mm_sglang.kernels.classes import CLASSES
@@ -50,6 +50,9 @@ class Boundary(HeadPattern):
                     f"boundary {self.boundary}: part {name}: grid with horizontal=True: needs false, because a row "
                     "that attends every key crosses the key classes"
                 )
+
+    def grown(self, factor: int) -> Boundary:
+        return replace(self, recipes=tuple((name, recipe.grown(factor)) for name, recipe in self.recipes))
 
     @property
     def query_classes(self) -> tuple[str | None, ...]:

@@ -45,6 +45,7 @@ class Grid(HeadPattern):
     """
 
     kind: ClassVar[str] = "grid"
+    budgets: ClassVar[tuple[str, ...]] = ("lines", "local")
     stride: str = "frame"
     lines: int = 4
     vertical: bool = True

@@ -28,6 +28,7 @@ class VerticalSlash(HeadPattern):
     """
 
     kind: ClassVar[str] = "vertical_slash"
+    budgets: ClassVar[tuple[str, ...]] = ("columns", "slashes")
     columns: int = 1000
     slashes: int = 4096
     coverage: float | None = None

@@ -101,7 +101,7 @@ def ask(url: str, parts: Any) -> list[dict[str, float]]:
             data = base64.b64encode(Path(value).read_bytes()).decode()
             mime = {"image": "image/png", "video": "video/mp4"}[kind]
             content.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}})
-    body = {
+    body: dict[str, Any] = {
         "model": "default", "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, "temperature": 0,
         "logprobs": True, "top_logprobs": 5, "ignore_eos": True,
     }  # fmt: skip

@@ -141,6 +141,30 @@ def _fa4_kernels() -> int:
     return len(getattr(cache, "cache", cache))
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("prefix, queries", [(0, 77), (300, 130)])
+def test_recall_from_two_log_sum_exps(prefix: int, queries: int, paged: bool) -> None:
+    """exp(sparse lse - dense lse) is the share of the dense softmax that a plan attends."""
+    q, k, v = tensors(prefix, queries, 6, 2, 16, torch.float32, seed=prefix)
+    rows = torch.tensor([0, 3, queries // 2, queries - 1], dtype=torch.int32, device=DEVICE)
+    pool, slots = k, None
+    if paged:
+        slots = torch.randperm(len(k) + 50, device=k.device)[: len(k)].int()
+        pool = torch.full((len(k) + 50, *k.shape[1:]), float("nan"), device=DEVICE)
+        pool[slots.long()] = k
+    dense = triton_ops().row_lse(q, pool, slots, rows, prefix, SCALE)
+    torch.testing.assert_close(dense, reference_ops().row_lse(q, pool, slots, rows, prefix, SCALE))
+    layout = TokenLayout(items=ITEMS, length=prefix + queries, device=DEVICE)
+    patterns = [head_pattern(RECIPES["vertical_slash"])] * 6
+    _, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=engine("reference"))
+    recall = (lse[rows.long()].T - dense).exp()
+    causal = torch.arange(prefix + queries, device=DEVICE) <= (prefix + rows)[:, None]
+    for head in range(6):
+        logits = (q[rows.long(), head] @ k[:, head // 3].T * SCALE).masked_fill(~causal, float("-inf"))
+        share = (logits.softmax(1) * attended(plan, head).to(DEVICE)[rows.long()]).sum(1)
+        torch.testing.assert_close(recall[head], share, rtol=1e-4, atol=1e-5)
+
+
 def test_merge_is_the_references() -> None:
     from mm_sglang.kernels.merge import gpu, reference
 

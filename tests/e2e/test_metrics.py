@@ -1,0 +1,50 @@
+"""A real server's /metrics after a sparse and a dense prompt."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+
+import pytest
+import yaml
+from assets import Assets
+
+from mm_sglang.demo.client import ask
+from mm_sglang.demo.server import Server
+from mm_sglang.serve import server_command
+
+pytestmark = pytest.mark.e2e
+
+
+def test_metrics_of_a_server(assets: Assets) -> None:
+    config = assets.folder / "metrics.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "default": {"pattern": "a_shape", "sink": 16, "local": 32},
+                "min_tokens": 120,
+                "probe": {"every": 1},
+                "guard": {"coverage": 0.999999, "grow": 1},
+            }
+        )  # fmt: skip
+    )
+    command, environment = server_command(
+        str(assets.models["qwen2_5_vl"]), config=str(config), cores=2,
+        extra=["--chunked-prefill-size", "64", "--enable-metrics"],
+    )  # fmt: skip
+    with Server(command, environment, assets.folder / "metrics.log") as server:
+        ask(server.url, [("text", "short")], 2)
+        for name in ("video", "mixed"):
+            ask(server.url, assets.prompts[name], 2)
+        with urllib.request.urlopen(server.url + "/metrics") as answer:
+            text = answer.read().decode()
+    values = {m[1]: float(m[2]) for m in re.finditer(r"^(mm_sglang:\S+(?:\{.*\})?) (\S+)$", text, re.MULTILINE)}
+
+    def value(name: str) -> float:
+        return next(v for key, v in values.items() if key.startswith(f"mm_sglang:{name}"))
+
+    assert value('prefill_tokens_total{mode="sparse"') > 100 and value('prefill_tokens_total{mode="dense"') > 0
+    assert value('dense_chunks_total{reason="fewer keys than min_tokens=120"') >= 1
+    assert 0 < value("tiles_computed_total") <= value("tiles_causal_total")
+    assert 0 < value("recall_worst") <= value("recall_mean") <= 1
+    assert value('guarded_heads_total{action="grown"') > 0
