@@ -55,7 +55,7 @@ class Probe:
 class Guard:
     """A head whose recall stays under `coverage` gets doubled budgets, at most `grow` times, and then is dense.
 
-    Judged from `rows` queries of a chunk, in every sparse layer, every `every` batches; acts on later chunks, as long as
+    Judged from `rows` queries of a chunk, in every sparse layer, every `every` batches; acts on later chunks, while
     the server runs. Off unless given.
     """
 

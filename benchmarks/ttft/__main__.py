@@ -24,7 +24,7 @@ from benchmarks.kernels.report import machine
 from benchmarks.ttft.model import LAYERS, TEXT, make_model
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LENGTHS = (32 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
+LENGTHS = (8 * K, 32 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
 GROUP = TEXT["num_attention_heads"] // TEXT["num_key_value_heads"]
 VIDEO = {"frames": 16, "rows": 14, "cols": 14, "text": 512}  # as benchmarks/kernels/planted.py lays out "mix"
 NEEDS = {"128": 2.4, "256": 3.6, "512": 5.8, "1024": 9.0}
@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=0.75, help="--mem-fraction-static; default: 0.75")
     parser.add_argument("--brief", action="store_true", help="TTFT only, no decode and no mixed load")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/ttft.json")
+    parser.add_argument("--add", action="store_true", help="keep the other contestants that --out holds already")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a stored table, measure nothing")
     options = parser.parse_args()
     if options.show is not None:
@@ -136,6 +137,13 @@ def main() -> int:
     out = options.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "ttft.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"about": about, "layers": options.layers, "chunk": options.chunk, "runs": []}
+    if options.add and out.exists():
+        held = json.loads(out.read_text())
+        other = [name for name in ("layers", "chunk") if held[name] != record[name]]
+        other += [name for name in ("gpu", "driver", "commit", "versions") if held["about"][name] != about[name]]
+        if other:
+            parser.error(f"--add: {out} has another {', '.join(other)}: needs the same, or another --out")
+        record["runs"] = [r for r in held["runs"] if r["name"] not in options.only]
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(Path(scratch) / "model", layers=options.layers, positions=max(options.lengths) + 8192)
         for spec in contestants(options, model):
