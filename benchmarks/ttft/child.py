@@ -76,7 +76,7 @@ class Contestant:
         for tokens in spec["lengths"]:
             times = []
             with Memory() as memory:
-                for _ in range(spec["repeats"] if tokens <= 1 << 18 else 1):
+                for _ in range(spec["repeats"] if tokens <= 1 << 18 else spec["repeats_long"]):
                     seed += 1
                     times.append(self.seconds(prompt(tokens, seed)))
             taken = {"tokens": tokens, "seconds": statistics.median(times), "all": times, "peak_gb": memory.peak}
