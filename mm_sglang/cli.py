@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sparse-config", metavar="FILE", help="YAML file of head patterns (default: the one in the package)"
     )
 
+    serve.add_argument(
+        "--max-video-tokens", type=int, metavar="N",
+        help="make room for videos of N tokens: context, frames, pixels, vision cache, upload size, watchdog",
+    )  # fmt: skip
+
     commands.add_parser("check", help="what this machine can run, and why not the rest")
 
     argv = sys.argv[1:] if argv is None else argv
@@ -53,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "serve":
             from mm_sglang.serve import run_server
 
-            return run_server(options.model, config=options.sparse_config, extra=rest)
+            return run_server(
+                options.model, config=options.sparse_config, extra=rest, max_video_tokens=options.max_video_tokens
+            )
         from mm_sglang.check import print_check
 
         return print_check()

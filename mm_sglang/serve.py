@@ -15,6 +15,7 @@ from mm_sglang.compat import require_supported_sglang
 from mm_sglang.config import SparseConfig
 from mm_sglang.cpu.activate import NAME as CPU_PLATFORM
 from mm_sglang.layout import require_known_architecture
+from mm_sglang.long_video import long_video, require_room
 from mm_sglang.plugin import BACKEND
 
 OVERRIDES = "--json-model-override-args"
@@ -28,17 +29,19 @@ CPU_FLAGS: dict[str, str | None] = {
 }
 
 
-def run_server(model: str, *, config: str | None, extra: Sequence[str]) -> int:
+def run_server(model: str, *, config: str | None, extra: Sequence[str], max_video_tokens: int | None = None) -> int:
     """Check, print the command, become it. Raises ValueError for what can be known to be wrong before the start."""
     require_supported_sglang()
-    command, environment = server_command(model, config=config, extra=extra, cores=os.cpu_count() or 1)
+    command, environment = server_command(
+        model, config=config, extra=extra, cores=os.cpu_count() or 1, max_video_tokens=max_video_tokens
+    )
     shown = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*shown, *map(shlex.quote, command)]), flush=True)
     os.execve(command[0], command, os.environ | environment)
 
 
 def server_command(
-    model: str, *, config: str | None, extra: Sequence[str], cores: int
+    model: str, *, config: str | None, extra: Sequence[str], cores: int, max_video_tokens: int | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """The server's argv and the environment variables it needs: on the GPU if there is one, else on the CPU.
 
@@ -63,6 +66,13 @@ def server_command(
         if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
+    if max_video_tokens is not None:
+        lifted = long_video(model, max_video_tokens, ranks=_ranks(extra))
+        if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
+            require_room(lifted.needs, torch.cuda.mem_get_info()[0])
+        print(f"mm-sglang serve: {lifted.needs}", flush=True)
+        flags |= lifted.flags
+        environment |= {name: value for name, value in lifted.environment.items() if name not in os.environ}
     added = [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
     if overrides:
         added += [OVERRIDES, json.dumps(overrides)]
