@@ -6,24 +6,25 @@ A wrapped dense backend does decode, short prompts and whole dense layers; a den
 
 from __future__ import annotations
 
-import copy
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_observability, get_parallel
 
+from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
+from mm_sglang.choice import check_engine, choose_engine
 from mm_sglang.config import SparseConfig
 from mm_sglang.dense import DenseSide
-from mm_sglang.kernels.engines import ENGINES, Engine, engine
 from mm_sglang.kernels.layout import TokenLayout, upload
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
+from mm_sglang.long_video import encoded_again
 from mm_sglang.metrics import Metrics
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
@@ -35,25 +36,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SparseChunk:
-    """One request's share of a batch that is prefilled sparsely: rows [start, end) are positions [prefix, ...).
-
-    slots: int32 [layout.length] row of the KV pool that holds each position.
-    """
-
-    request: int
-    rid: str
-    start: int
-    end: int
-    layout: TokenLayout
-    slots: torch.Tensor
-
-    @property
-    def prefix(self) -> int:
-        return self.layout.length - (self.end - self.start)
 
 
 class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
@@ -85,6 +67,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
         self.watch = Watch(self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda")
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)
+        self.model_configs = (model.hf_text_config, model.hf_config.vision_config)
         self.tracer = Tracer(self.config.trace, rank=rank, first_head=mine.start) if self.config.trace else None
         self.device = torch.device(runner.device)
         self.dense = DenseSide(runner)
@@ -120,6 +103,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             layout = self._layout_or_reason(forward_batch, request, length, keys)
             if isinstance(layout, TokenLayout):
                 rid = forward_batch.rids[request] if forward_batch.rids else str(request)
+                self._warn_of_vision_cache(layout, length)
                 slots = self._slots(forward_batch, request, keys)
                 self.chunks.append(
                     SparseChunk(request=request, rid=rid, start=start, end=end, layout=layout, slots=slots)
@@ -141,6 +125,13 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         row = batch.req_pool_indices[request : request + 1]
         table: torch.Tensor = self.req_to_token_pool.req_to_token[:, :keys]
         return table.index_select(0, row)[0].int()
+
+    def _warn_of_vision_cache(self, layout: TokenLayout, chunk: int) -> None:
+        if "vision cache" not in self._said:
+            warning = encoded_again(layout, chunk, *self.model_configs, envs.SGLANG_VLM_CACHE_SIZE_MB.get())
+            if warning is not None:
+                self._said.add("vision cache")
+                log.warning("mm_sparse: said once: %s", warning)
 
     def _say_once(self, reason: str, detail: str = "") -> None:
         if reason not in self._said:
@@ -226,56 +217,3 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
         """Sparse prefill reads the page table until it ends."""
         return self.dense.backend.shared_read_ends(fm) if fm.is_decode_or_idle() else SharedReadEnds.UNKNOWN
-
-
-def choose_engine(name: str, device: str) -> Engine:
-    """The engine asked for, or for "auto" the device's own; logged with the reason. Raises ValueError if none fits."""
-    if name != "auto":
-        chosen, reason = engine(name), "asked for by name"
-    elif torch.device(device).type == "cpu":
-        chosen, reason = engine("reference"), "the one for a CPU"
-    elif (missing := ENGINES["fa4"].missing()) is None:
-        chosen, reason = engine("fa4"), f"the fastest on {torch.cuda.get_device_name()}"
-    else:
-        chosen, reason = engine("triton"), f"fa4 can't run here: {missing}"
-    if chosen.device is not None and chosen.device != torch.device(device).type:
-        raise ValueError(f"mm_sparse: engine={chosen.name!r} on device {device!r}: needs {chosen.device}")
-    log.info("mm_sparse: engine %s: %s", chosen.name, reason)
-    return chosen
-
-
-def check_engine(chosen: Engine, dtype: torch.dtype, head_dim: int) -> None:
-    """ValueError at start rather than at the first prompt."""
-    if chosen.dtypes is not None and dtype not in chosen.dtypes:
-        raise ValueError(f"mm_sparse: engine {chosen.name}: the model runs in {dtype}: needs one of {chosen.dtypes}")
-    if chosen.head_dims is not None and head_dim not in chosen.head_dims:
-        raise ValueError(f"mm_sparse: engine {chosen.name}: head_dim={head_dim}: needs one of {chosen.head_dims}")
-
-
-def host_lengths(batch: ForwardBatch) -> list[tuple[int, int]]:
-    """(tokens of the chunk, keys with it) of each request, on the host (dummy batches have no copy there)."""
-    chunk, keys = batch.extend_seq_lens_cpu, batch.seq_lens_cpu
-    if chunk is None or keys is None:
-        chunk, keys = batch.extend_seq_lens.tolist(), batch.seq_lens.tolist()
-    return list(zip((int(n) for n in chunk), (int(n) for n in keys), strict=True))
-
-
-def part_of_batch(batch: ForwardBatch, requests: list[int], rows: torch.Tensor) -> ForwardBatch:
-    """A batch of some of the requests, as far as a dense backend's extend reads it.
-
-    Args:
-        requests: ascending numbers in the batch; rows: int64 their rows, on the batch's device.
-    """
-    part = copy.copy(batch)
-    part.batch_size = len(requests)
-    index = upload(torch.tensor(requests), rows.device)
-    for name in ("req_pool_indices", "seq_lens", "extend_prefix_lens", "extend_seq_lens"):
-        setattr(part, name, getattr(batch, name)[index])
-    part.seq_lens_cpu = batch.seq_lens_cpu[torch.tensor(requests)]
-    part.seq_lens_sum = int(part.seq_lens_cpu.sum())
-    for name in ("extend_prefix_lens_cpu", "extend_seq_lens_cpu"):
-        setattr(part, name, [getattr(batch, name)[n] for n in requests])
-    part.extend_num_tokens = len(rows)
-    part.extend_start_loc = torch.cumsum(part.extend_seq_lens, 0) - part.extend_seq_lens
-    part.out_cache_loc = batch.out_cache_loc[rows]
-    return part

@@ -14,12 +14,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_sglang.kernels.layout import TokenLayout
+
 TEXT = 32768  # tokens of text a prompt may have beside its video
 CHUNK = 32768  # measured on an H200 (benchmarks/ttft); what a chunk's MLP needs grows with it
 LEAST_PER_FRAME = 128  # tokens that SGLang's smallest frame has; a token lasts two frames
 MEDIA_MB = 8192
 WATCHDOG_S = 3600
 ELEMENT = 2  # bytes of bf16
+
+
+def embedding_bytes(tokens: int, text: Any, vision: Any) -> int:
+    """Of the vision tower's output for `tokens` tokens; Qwen3-VL's holds one more for each of some layers."""
+    streams = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return tokens * int(text.hidden_size) * streams * ELEMENT
+
+
+def encoded_again(layout: TokenLayout, chunk: int, text: Any, vision: Any, cache_mb: int) -> str | None:
+    """What to tell the user of a chunked prompt with an item too large for SGLang's vision cache; None if all fit.
+
+    Args:
+        layout: of the prompt; chunk: its tokens, as this batch prefills them.
+    """
+    largest = max((item.frames * item.frame_tokens for item in layout.items), default=0)
+    size = embedding_bytes(largest, text, vision)
+    if chunk == layout.length or size <= cache_mb << 20:
+        return None
+    return (
+        f"an image or video of {largest} tokens has an embedding of {size / (1 << 20):.0f} MB, SGLang's vision cache "
+        f"holds {cache_mb}: it is encoded again for every chunk. Set SGLANG_VLM_CACHE_SIZE_MB, or mm-sglang serve "
+        "--max-video-tokens"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +99,7 @@ def long_video(model: str, tokens: int, *, ranks: int = 1) -> LongVideo:
         raise ValueError(f"--max-video-tokens: model {model}: {' '.join(str(error).split())[:200]}") from error
     side = vision.patch_size * vision.spatial_merge_size
     frames = max(768, 2 * tokens // LEAST_PER_FRAME)
-    streams = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL embeds for some layers too
-    embedding = tokens * text.hidden_size * streams * ELEMENT
+    embedding = embedding_bytes(tokens, text, vision)
     process = {"video": {"fps": 2, "max_frames": frames, "total_pixels": tokens * side * side}}
     return LongVideo(
         flags={

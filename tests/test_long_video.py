@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mm_sglang.demo.tiny_model import make_tiny_model
-from mm_sglang.long_video import CHUNK, TEXT, Needs, long_video, require_room
+from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
+from mm_sglang.long_video import CHUNK, TEXT, Needs, encoded_again, long_video, require_room
 from mm_sglang.serve import server_command
 
 
@@ -44,6 +46,18 @@ def test_too_little_memory_is_refused_in_bytes_and_tokens() -> None:
     require_room(needs, 101_000)
     with pytest.raises(ValueError, match="room for 490 tokens: needs fewer tokens, or more ranks"):
         require_room(needs, 50_000)
+
+
+def test_a_video_that_the_vision_cache_does_not_hold_is_named() -> None:
+    text, vision = SimpleNamespace(hidden_size=1024), SimpleNamespace(deepstack_visual_indexes=[0, 1])
+    items = tuple(consume_grids(VIDEO, [(16, 64, 64)], [(10, 10 + 16 * 1024)], 2))
+    layout = TokenLayout(items=items, length=20_000)
+    size = 16 * 1024 * 1024 * 3 * 2 >> 20  # 96 MB
+    assert encoded_again(layout, 4096, text, vision, size) is None
+    assert encoded_again(layout, 20_000, text, vision, 1) is None  # one chunk encodes it once anyway
+    assert encoded_again(TokenLayout(items=(), length=20_000), 4096, text, vision, 0) is None
+    message = encoded_again(layout, 4096, text, vision, size - 1)
+    assert message is not None and "16384 tokens has an embedding of 96 MB, SGLang's vision cache holds 95" in message
 
 
 def test_bad_input_is_refused(tmp_path: Path, model: Path) -> None:
