@@ -26,6 +26,7 @@ from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
 from mm_sglang.long_video import encoded_again
 from mm_sglang.metrics import Metrics
+from mm_sglang.model_hash import require_same_model
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
 from mm_sglang.watch import Done, Watch
@@ -48,6 +49,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         require_known_architecture(model.hf_config.architectures)
         layers, heads = model.num_hidden_layers, model.num_attention_heads
         self.config.check_model(layers=layers, heads=heads)
+        require_same_model(self.config, model.model_path)
         self.engine = choose_engine(self.config.engine, str(runner.device))
         check_engine(self.engine, runner.dtype, model.head_dim)
         for unfit, what in (

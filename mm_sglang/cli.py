@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mm-sglang", description="Sparse prefill for long video in SGLang.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mm-sglang {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,check}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,search,convert,check}")
 
     demo = commands.add_parser("demo", help="a real mp4 through SGLang, dense and sparse, on this machine")
     demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it makes (default: demo_out)")
@@ -42,6 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="make room for videos of N tokens: context, frames, pixels, vision cache, upload size, watchdog",
     )  # fmt: skip
 
+    search = commands.add_parser(
+        "search", allow_abbrev=False, help="the offline search for each head's pattern, on videos of yours"
+    )
+    search.add_argument("model", metavar="MODEL", help="folder or Hugging Face name")
+    search.add_argument("--videos", type=Path, nargs="+", required=True, metavar="FILE", help="calibration videos")
+    search.add_argument("--out", type=Path, required=True, metavar="FILE.yaml", help="settings for --sparse-config")
+    search.add_argument(
+        "--density", type=float, default=0.1, help="share of dense attention's tiles to compute (default: %(default)s)"
+    )
+
+    convert = commands.add_parser("convert", help="MInference's head configuration (JSON) as settings of ours")
+    convert.add_argument("source", type=Path, metavar="FILE.json", help="of minference/configs")
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE.yaml", help="settings for --sparse-config")
+
     commands.add_parser("check", help="what this machine can run, and why not the rest")
 
     argv = sys.argv[1:] if argv is None else argv
@@ -61,6 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_server(
                 options.model, config=options.sparse_config, extra=rest, max_video_tokens=options.max_video_tokens
             )
+        if options.command == "convert":
+            from mm_sglang.minference_config import convert as run_convert
+
+            run_convert(options.source, options.out)
+            return 0
+        if options.command == "search":
+            import torch
+
+            from mm_sglang.search.run import search as run_search
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            run_search(options.model, options.videos, options.out, target=options.density, device=device)
+            print(f"{options.out}: hand it to mm-sglang serve --sparse-config")
+            return 0
         from mm_sglang.check import print_check
 
         return print_check()

@@ -16,6 +16,7 @@ from mm_sglang.config import SparseConfig
 from mm_sglang.cpu.activate import NAME as CPU_PLATFORM
 from mm_sglang.layout import require_known_architecture
 from mm_sglang.long_video import long_video, require_room
+from mm_sglang.model_hash import require_same_model
 from mm_sglang.plugin import BACKEND
 
 OVERRIDES = "--json-model-override-args"
@@ -102,6 +103,7 @@ def check_model_folder(model: str, settings: SparseConfig) -> None:
     require_known_architecture(values.get("architectures"))
     text: Mapping[str, Any] = values.get("text_config", values)  # older Qwen2.5-VL folders keep them at the top
     settings.check_model(layers=text["num_hidden_layers"], heads=text["num_attention_heads"])
+    require_same_model(settings, model)
 
 
 def thread_binding(ranks: int, cores: int) -> str:

@@ -78,7 +78,7 @@ class GuardedRecipes:
             )  # fmt: skip
         if changed:
             self.now[layer] = tuple(
-                Dense() if level > self.guard.grow else pattern.grown(2**level)
+                Dense() if level > self.guard.grow else pattern.scaled(2**level)
                 for pattern, level in zip(base, self.level[layer], strict=True)
             )
 

@@ -69,11 +69,11 @@ def test_the_guard_doubles_budgets_and_then_goes_dense() -> None:
     guarded = GuardedRecipes([None, (a, b, Dense())], Guard(coverage=0.9, grow=2), heard)
     guarded.judge(0, torch.zeros(3))  # a dense layer has nothing to guard
     guarded.judge(1, torch.tensor([0.95, 0.5, 0.1]))
-    assert guarded.now[1] == (a, b.grown(2), Dense())
+    assert guarded.now[1] == (a, b.scaled(2), Dense())
     assert guarded.now[1][1].to_dict() == b.to_dict() | {"columns": 200, "slashes": 512}
     guarded.judge(1, torch.tensor([0.95, 0.5, 0.1]))
     guarded.judge(1, torch.tensor([0.2, 0.5, 0.1]))
-    assert guarded.now[1] == (a.grown(2), Dense(), Dense())
+    assert guarded.now[1] == (a.scaled(2), Dense(), Dense())
     guarded.judge(1, torch.tensor([0.95, 0.5, 0.1]))  # dense is the end
     assert [call[1] for call in heard.calls] == ["grown", "grown", "grown", "dense"]
 

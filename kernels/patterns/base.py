@@ -122,9 +122,9 @@ class HeadPattern:
     budgets: ClassVar[tuple[str, ...]] = ()  # fields that say how much is kept
     residual: bool = False
 
-    def grown(self, factor: int) -> Self:
-        """The same recipe with `factor` times the budgets."""
-        return replace(self, **{name: getattr(self, name) * factor for name in self.budgets})
+    def scaled(self, factor: float) -> Self:
+        """The same recipe with `factor` times the budgets, at least 1 of each."""
+        return replace(self, **{name: max(1, round(getattr(self, name) * factor)) for name in self.budgets})
 
     def select(self, view: View) -> Selection:
         """What to keep in this chunk."""

@@ -51,8 +51,8 @@ class Boundary(HeadPattern):
                     "that attends every key crosses the key classes"
                 )
 
-    def grown(self, factor: int) -> Boundary:
-        return replace(self, recipes=tuple((name, recipe.grown(factor)) for name, recipe in self.recipes))
+    def scaled(self, factor: float) -> Boundary:
+        return replace(self, recipes=tuple((name, recipe.scaled(factor)) for name, recipe in self.recipes))
 
     @property
     def query_classes(self) -> tuple[str | None, ...]:

@@ -1,0 +1,1 @@
+"""The offline search for each head's pattern (`mm-sglang search`)."""

@@ -1,0 +1,74 @@
+"""What the search chooses from, each brought to the same cost: tiles computed, counted on the prompt itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mm_sglang.kernels.inspection import tile_counts
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.ops import Ops
+from mm_sglang.kernels.patterns import HeadPattern, head_pattern
+from mm_sglang.kernels.prefill import make_plan
+
+SLASH: dict[str, Any] = {"pattern": "vertical_slash", "columns": 1000, "slashes": 2048}
+COLUMNS: dict[str, Any] = {"pattern": "vertical_slash", "columns": 2000, "slashes": 256}
+FRAME: dict[str, Any] = {"pattern": "grid", "stride": "frame", "lines": 4, "horizontal": False}
+ROW: dict[str, Any] = {"pattern": "grid", "stride": "row", "lines": 8, "horizontal": False}
+# Intra-modality patterns, then the boundaries round the two that profit (MMInference, algorithm 4 and table 4).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "a_shape": {"pattern": "a_shape", "sink": 128, "local": 2048},
+    "vertical_slash": SLASH,
+    "columns": COLUMNS,
+    "grid frame": FRAME,
+    "grid frame, both lines": FRAME | {"horizontal": True},
+    "grid row": ROW,
+    "block_topk": {"pattern": "block_topk", "blocks": 32},
+    "k vertical_slash": SLASH | {"boundary": "k"},
+    "q vertical_slash": SLASH | {"boundary": "q"},
+    "q grid frame": FRAME | {"boundary": "q"},
+    "2d vertical_slash": SLASH | {"boundary": "2d"},
+}
+STEPS = 7  # of bisection for a family's budgets, over a factor of 2^-6 to 2^6
+
+
+def at_density(
+    family: str, target: float, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, ops: Ops
+) -> HeadPattern:
+    """The family's recipe with budgets so large that all heads together compute about `target` of the causal tiles.
+
+    Args:
+        q: [Nq, H, D], k: [Nk, Hkv, D] of a layer; target: share of dense attention's tiles.
+    """
+    base, low, high = head_pattern(FAMILIES[family]), -6.0, 6.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if density(base.scaled(2**middle), q, k, layout, scale, ops) <= target:
+            low = middle
+        else:
+            high = middle
+    return base.scaled(2**low)
+
+
+def density(
+    pattern: HeadPattern, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, ops: Ops
+) -> float:
+    """Tiles computed over tiles of dense causal attention, all heads."""
+    heads = q.shape[1]
+    plan = make_plan(q, k, layout=layout, patterns=[pattern] * heads, scale=scale, ops=ops)
+    return sum(tile_counts(group)[0] for group in plan.groups) / (plan.causal_tiles * heads)
+
+
+def density_by_head(plan: Any) -> list[float]:
+    """Each head's own density, of a plan whose heads share one recipe."""
+    tiles = [0] * plan.heads
+    for group in plan.groups:
+        flat = [h for row in group.heads for h in row]
+        for first, last in group.slices():
+            lists = group.lists(first, last)
+            counts = (lists.full_count + lists.partial_count).sum(1).tolist()
+            for head, count in zip(flat, counts, strict=True):
+                if head >= 0:
+                    tiles[head] += int(count)
+    return [count / plan.causal_tiles for count in tiles]

@@ -1,0 +1,177 @@
+"""`mm-sglang search`: for each head the pattern that changes attention's output least, all at one cost.
+
+MMInference's algorithm 4 with its faults mended: candidates cost the same number of tiles on the prompt itself, the
+objective is the error of the attention output, several samples count, and an interrupted search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from mm_sglang.choice import choose_engine
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.patterns import HeadPattern
+from mm_sglang.kernels.plan import device_ints
+from mm_sglang.kernels.prefill import sparse_prefill
+from mm_sglang.model_hash import model_hash
+from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
+from mm_sglang.search.capture import Captured
+
+ROWS = 64  # queries at which outputs are compared, spread over the prompt
+LEAST_TOKENS = 1024
+SLACK = 1.1  # a family may cost this much of the target
+
+
+class Scores:
+    """Sums by layer, head and family, kept in a file beside the result so that a search can be taken up again."""
+
+    def __init__(self, path: Path, what: dict[str, Any]) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {"what": what, "done": [], "cells": {}}
+        if path.exists():
+            held = json.loads(path.read_text())
+            if held["what"] != what:
+                raise ValueError(f"{path} is of another search ({held['what']}): finish that one, or delete the file")
+            self.values = held
+
+    def done(self, sample: int, layer: int) -> bool:
+        return [sample, layer] in self.values["done"]
+
+    def add(self, sample: int, layer: int, cells: dict[str, list[list[float]]], recipes: dict[str, Any]) -> None:
+        """cells: family -> [H] of (squared error, squared norm, recall, density)."""
+        entry = self.values["cells"].setdefault(str(layer), {})
+        for family, heads in cells.items():
+            held = entry.setdefault(family, {"sums": [[0.0] * 4 for _ in heads], "recipes": [], "samples": 0})
+            held["sums"] = [
+                [a + b for a, b in zip(x, y, strict=True)] for x, y in zip(held["sums"], heads, strict=True)
+            ]
+            held["recipes"].append(recipes[family])
+            held["samples"] += 1
+        self.values["done"].append([sample, layer])
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self.values))
+        os.replace(scratch, self.path)  # never half a file
+
+
+def search(model: str, videos: Sequence[Path], out: Path, *, target: float, device: str) -> dict[str, Any]:
+    """Search, write `out` (YAML that a server loads) and return its content.
+
+    Raises:
+        ValueError: an unknown architecture, a video that is missing or too short, a target that is no share, or an
+            interrupted search of something else under the same name.
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"--density {target}: needs a share between 0 and 1")
+    if not videos:
+        raise ValueError("--videos: needs at least one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    held = Captured(model, device)
+    what = {"model_hash": model_hash(model), "videos": [v.name for v in videos], "density": target}
+    scores = Scores(out.with_name(out.name + ".partial"), what)
+    engine, tokens = choose_engine("auto", device), []
+    with tqdm(total=len(videos) * held.layers, desc="search", unit="layer") as progress:
+        for number, video in enumerate(videos):
+            inputs, layout = held.prompt(video)
+            if layout.length < LEAST_TOKENS:
+                raise ValueError(f"video {video}: gives {layout.length} tokens: needs at least {LEAST_TOKENS}")
+            tokens.append(layout.length)
+
+            def look(
+                layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, number: int = number,
+                layout: TokenLayout = layout,
+            ) -> None:  # fmt: skip
+                if not scores.done(number, layer):
+                    cells, recipes = layer_scores(q, k, v, scale, layout, target, engine)
+                    scores.add(number, layer, cells, recipes)
+                progress.update()
+
+            held.run(inputs, look)
+    content = choose(scores.values["cells"], held.heads, target, {**what, "tokens": tokens, "model": Path(model).name})
+    scratch = out.with_name(out.name + ".tmp")
+    scratch.write_text(yaml.dump(content, Dumper=_Plain, sort_keys=False, width=120))
+    os.replace(scratch, out)
+    scores.path.unlink()
+    return content
+
+
+def layer_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: TokenLayout, target: float, engine: Any
+) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:
+    """Each family at the target density: (squared error, squared norm, recall, density) by head, and its recipe."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    queries, heads = q.shape[0], q.shape[1]
+    rows = device_ints(tuple((n + 1) * queries // ROWS - 1 for n in range(ROWS)), q.device)
+    at = rows.long()
+    dense_lse = engine.ops().row_lse(q, k, None, rows, 0, scale)
+    want = dense_rows(q, k, v, at, scale)
+    norm = want.pow(2).sum((0, 2)).tolist()
+    cells: dict[str, list[list[float]]] = {}
+    recipes: dict[str, Any] = {}
+    for family in FAMILIES:
+        pattern: HeadPattern = at_density(family, target, q, k, layout, scale, engine.ops())
+        out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=[pattern] * heads, scale=scale, engine=engine)
+        error = (out[at].float() - want).pow(2).sum((0, 2)).tolist()
+        recall = (lse[at].T - dense_lse).exp().clamp(max=1.0).mean(1).tolist()
+        cells[family] = [list(cell) for cell in zip(error, norm, recall, density_by_head(plan), strict=True)]
+        recipes[family] = pattern.to_dict()
+    return cells, recipes
+
+
+def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, scale: float) -> torch.Tensor:
+    """fp32 [L, H, D]: dense causal attention of the queries `at`."""
+    share, out = q.shape[1] // k.shape[1], []
+    after = torch.arange(len(k), device=q.device) > at[:, None]
+    for head in range(q.shape[1]):
+        logits = q[at, head].float() @ k[:, head // share].float().T * scale
+        out.append(logits.masked_fill_(after, -torch.inf).softmax(1) @ v[:, head // share].float())
+    return torch.stack(out, 1)
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML that a person can edit: equal recipes are written out, not referred to."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def affordable(entry: dict[str, Any], target: float) -> list[str]:
+    """Families of a layer that kept to the target on average; if their fixed parts let none, the cheapest one."""
+    cost = {f: sum(cell[3] for cell in held["sums"]) / len(held["sums"]) / held["samples"] for f, held in entry.items()}
+    kept = [f for f, value in cost.items() if value <= SLACK * target]
+    return kept or [min(cost, key=lambda f: cost[f])]
+
+
+def choose(cells: dict[str, Any], heads: int, target: float, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The settings: each head's family of least output error over all samples, with its budgets at the last one."""
+    layers: dict[int, Any] = {}
+    report: dict[int, Any] = {}
+    for layer in sorted(cells, key=int):
+        entry, chosen, told = cells[layer], {}, {}
+        families = affordable(entry, target)
+        for head in range(heads):
+            sums = {f: entry[f]["sums"][head] for f in families}
+            error = {f: math.sqrt(sums[f][0] / max(sums[f][1], 1e-30)) for f in families}
+            best = min(error, key=lambda f: error[f])
+            held = entry[best]
+            chosen[head] = held["recipes"][-1]
+            recall, density = (total / held["samples"] for total in held["sums"][head][2:])
+            told[head] = {
+                "family": best, "error": round(error[best], 4), "recall": round(recall, 4), "density": round(density, 4)
+            }  # fmt: skip
+        layers[int(layer)] = {"heads": chosen}
+        report[int(layer)] = told
+    return {
+        "min_tokens": 4096,
+        "default": {"pattern": "vertical_slash", "columns": 1000, "slashes": 4096},
+        "layers": layers,
+        "provenance": {"source": "mm-sglang search", **provenance, "heads": report},
+    }

@@ -1,0 +1,134 @@
+"""The offline search on a tiny model and a real mp4: what it chooses, how it is taken up again, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mm_sglang.cli import main
+from mm_sglang.config import SparseConfig
+from mm_sglang.demo.tiny_model import make_tiny_model
+from mm_sglang.demo.video import render_video
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.ops import reference_ops
+from mm_sglang.kernels.patterns import head_pattern
+from mm_sglang.kernels.prefill import make_plan
+from mm_sglang.search import run
+from mm_sglang.search.candidates import FAMILIES, at_density, density, density_by_head
+from mm_sglang.serve import server_command
+
+DENSITY = 0.4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("search")
+    make_tiny_model(made / "model", layers=2)
+    render_video(made / "a.mp4", seconds=20.0, width=224, height=224, seed=5)
+    render_video(made / "short.mp4", seconds=2.0, width=56, height=56, seed=6)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Path:
+    out = folder / "x.yaml"
+    arguments = ["--videos", str(folder / "a.mp4"), "--out", str(out), "--density", str(DENSITY)]
+    assert main(["search", str(folder / "model"), *arguments]) == 0
+    return out
+
+
+def test_the_result_is_loaded_by_a_server_of_that_model_only(folder: Path, found: Path) -> None:
+    config = SparseConfig.from_yaml(found)
+    config.check_model(layers=2, heads=8)
+    assert set(config.layers) == {0, 1} and all(len(entry.heads) == 8 for entry in config.layers.values())
+    server_command(str(folder / "model"), config=str(found), extra=[], cores=1)
+    other = make_tiny_model(folder / "other", layers=2, max_positions=4096)
+    with pytest.raises(ValueError, match="searched for model 'model' .*: needs a search of its own"):
+        server_command(str(other), config=str(found), extra=[], cores=1)
+    assert not list(folder.glob("*.partial")) and not list(folder.glob("*.tmp"))
+
+
+def test_it_says_what_each_choice_gave(found: Path) -> None:
+    told = SparseConfig.from_yaml(found).provenance
+    assert told["tokens"][0] > run.LEAST_TOKENS and told["videos"] == ["a.mp4"]
+    for heads in told["heads"].values():
+        for head in heads.values():
+            assert head["family"] in FAMILIES and 0 <= head["error"] < 1.5 and 0 < head["recall"] <= 1
+
+
+def test_families_are_brought_to_the_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2048, 4, 16, generator=generator), torch.randn(2048, 2, 16, generator=generator)
+    layout, ops = TokenLayout(items=(), length=2048), reference_ops()
+    for family in ("vertical_slash", "block_topk", "columns"):
+        pattern = at_density(family, 0.5, q, k, layout, 0.25, ops)
+        assert 0.3 < density(pattern, q, k, layout, 0.25, ops) <= 0.5, family
+        assert density(pattern.scaled(2.0), q, k, layout, 0.25, ops) > 0.5
+        plan = make_plan(q, k, layout=layout, patterns=[pattern] * 4, scale=0.25, ops=ops)
+        each = density_by_head(plan)
+        assert sum(each) / 4 == pytest.approx(density(pattern, q, k, layout, 0.25, ops))
+
+
+def cell(*errors: float, cost: float = 0.1) -> dict[str, Any]:
+    recipe = head_pattern(FAMILIES["a_shape"]).to_dict()
+    return {"sums": [[e * e, 1.0, 0.9, cost] for e in errors], "recipes": [recipe], "samples": 1}
+
+
+def test_the_least_error_wins_among_those_that_keep_to_the_cost() -> None:
+    cells = {"0": {"a_shape": cell(0.5, 0.1), "vertical_slash": cell(0.2, 0.3), "grid row": cell(0.0, 0.0, cost=0.3)}}
+    told = run.choose(cells, 2, 0.1, {})["provenance"]["heads"][0]
+    assert [told[head]["family"] for head in (0, 1)] == ["vertical_slash", "a_shape"]
+    dear = {"0": {"a_shape": cell(0.5, 0.1, cost=0.4), "grid row": cell(0.0, 0.0, cost=0.3)}}
+    assert run.choose(dear, 2, 0.1, {})["provenance"]["heads"][0][0]["family"] == "grid row"
+
+
+def test_an_interrupted_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real = folder / "y.yaml", run.layer_scores
+    calls: list[int] = []
+
+    def once(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(run, "layer_scores", once)
+    arguments = (str(folder / "model"), [folder / "a.mp4"], out)
+    with pytest.raises(KeyboardInterrupt):
+        run.search(*arguments, target=DENSITY, device="cpu")
+    partial = folder / "y.yaml.partial"
+    assert not out.exists() and json.loads(partial.read_text())["done"] == [[0, 0]]
+    with pytest.raises(ValueError, match="is of another search"):
+        run.search(*arguments, target=0.2, device="cpu")
+    run.search(*arguments, target=DENSITY, device="cpu")
+    assert len(calls) == 3 and out.exists() and not partial.exists()
+
+
+@pytest.mark.parametrize(
+    "video, density_given, message",
+    [
+        ("missing.mp4", "0.1", "missing.mp4: no such file"),
+        ("short.mp4", "0.1", "needs at least 1024"),
+        ("a.mp4", "1.5", "--density 1.5: needs a share between 0 and 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    folder: Path, video: str, density_given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "never.yaml"
+    arguments = ["--videos", str(folder / video), "--out", str(out), "--density", density_given]
+    assert main(["search", str(folder / "model"), *arguments]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_an_unknown_architecture_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder / "llama"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    arguments = ["--videos", str(folder / "a.mp4"), "--out", str(folder / "never.yaml")]
+    assert main(["search", str(other), *arguments]) == 2
+    assert "no token layout rule for architecture ['LlamaForCausalLM']" in capsys.readouterr().err
