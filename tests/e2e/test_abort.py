@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import requests
@@ -62,7 +63,7 @@ def test_aborts_at_any_chunk_give_all_pages_back(assets: Assets) -> None:
             before, rid = sparse_tokens(server.url), f"long-{number}"
 
             def send(rid: str = rid) -> None:
-                body = {"text": LONG, "rid": rid, "sampling_params": {"max_new_tokens": 4}}
+                body: dict[str, Any] = {"text": LONG, "rid": rid, "sampling_params": {"max_new_tokens": 4}}
                 requests.post(server.url + "/generate", json=body, timeout=120)
 
             sender = threading.Thread(target=send)
