@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mm-sglang", description="Sparse prefill for long video in SGLang.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mm-sglang {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,search,convert,check}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,search,report,convert,check}")
 
     demo = commands.add_parser("demo", help="a real mp4 through SGLang, dense and sparse, on this machine")
     demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it makes (default: demo_out)")
@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--density", type=float, default=0.1, help="share of dense attention's tiles to compute (default: %(default)s)"
     )
 
+    report = commands.add_parser("report", help="one HTML page of what a search chose")
+    report.add_argument("config", type=Path, metavar="FILE.yaml", help="written by mm-sglang search")
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="default: beside the configuration")
+
     convert = commands.add_parser("convert", help="MInference's head configuration (JSON) as settings of ours")
     convert.add_argument("source", type=Path, metavar="FILE.json", help="of minference/configs")
     convert.add_argument("--out", type=Path, required=True, metavar="FILE.yaml", help="settings for --sparse-config")
@@ -79,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mm_sglang.minference_config import convert as run_convert
 
             run_convert(options.source, options.out)
+            return 0
+        if options.command == "report":
+            from mm_sglang.report import report as run_report
+
+            page = options.out or options.config.with_suffix(".html")
+            run_report(options.config, page)
+            print(page)
             return 0
         if options.command == "search":
             import torch
