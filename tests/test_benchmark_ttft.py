@@ -47,13 +47,14 @@ def test_the_settings_are_the_kernel_benchmarks_recipes(kind: str, kinds: set[ty
 
 def test_contestants_differ_in_the_backend_alone(tmp_path: Path) -> None:
     options = argparse.Namespace(
-        lengths=[4096], memory=0.7, only=["stock", "mm_sparse"], chunk=1024, layers=2, brief=True
+        lengths=[4096], memory=0.7, only=["stock", "mm_sparse"], chunk=1024, layers=2, brief=True, mixed_chunk=True
     )
     stock, ours = (spec["arguments"] for spec in ttft.contestants(options, tmp_path))
     different = {key for key in {*stock, *ours} if stock.get(key) != ours.get(key)}
     assert different == {
         "prefill_attention_backend", "decode_attention_backend", "attention_backend", "json_model_override_args",
     }  # fmt: skip
+    assert stock["enable_mixed_chunk"] is True
     assert set(json.loads(ours["json_model_override_args"])["mm_sparse"]["layers"]) == {"0", "1"}
     assert prompt(50, 1) == prompt(50, 1) != prompt(50, 2)
 

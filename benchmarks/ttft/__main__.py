@@ -57,6 +57,7 @@ def contestants(options: argparse.Namespace, model: Path) -> list[dict[str, Any]
     for name in options.only:
         kind = name.partition(":")[2] or "mix"
         own: dict[str, Any] = {"chunked_prefill_size": options.chunk, "max_prefill_tokens": options.chunk}
+        own |= {"enable_mixed_chunk": True} if options.mixed_chunk else {}
         if name == "stock":
             own |= {"prefill_attention_backend": "fa3", "decode_attention_backend": "flashinfer"}
         else:
@@ -122,6 +123,9 @@ def main() -> int:
         "--only", nargs="+", default=["stock", "mm_sparse"], choices=["stock", "mm_sparse", "mm_sparse:paper"]
     )
     parser.add_argument("--memory", type=float, default=0.75, help="--mem-fraction-static; default: 0.75")
+    parser.add_argument(
+        "--mixed-chunk", action="store_true", help="SGLang's --enable-mixed-chunk: running chats go on beside a prefill"
+    )
     parser.add_argument("--brief", action="store_true", help="TTFT only, no decode and no mixed load")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/ttft.json")
     parser.add_argument("--add", action="store_true", help="keep the other contestants that --out holds already")
@@ -137,10 +141,16 @@ def main() -> int:
     about = machine()
     out = options.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "ttft.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"about": about, "layers": options.layers, "chunk": options.chunk, "runs": []}
+    record: dict[str, Any] = {
+        "about": about,
+        "layers": options.layers,
+        "chunk": options.chunk,
+        "mixed_chunk": options.mixed_chunk,
+        "runs": [],
+    }
     if options.add and out.exists():
         held = json.loads(out.read_text())
-        other = [name for name in ("layers", "chunk") if held[name] != record[name]]
+        other = [name for name in ("layers", "chunk", "mixed_chunk") if held.get(name, False) != record[name]]
         other += [name for name in ("gpu", "driver", "commit", "versions") if held["about"][name] != about[name]]
         if other:
             parser.error(f"--add: {out} has another {', '.join(other)}: needs the same, or another --out")
