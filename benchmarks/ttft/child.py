@@ -120,7 +120,8 @@ class Contestant:
         gaps.sort()
         self.record["mixed"] = {
             "tokens": tokens, "chats": chats, "prefill_seconds": ended - began, "gaps": len(gaps),
-            "p50_ms": gaps[len(gaps) // 2] * 1e3, "p99_ms": gaps[int(len(gaps) * 0.99)] * 1e3, "longest_ms": gaps[-1] * 1e3,
+            "p50_ms": gaps[len(gaps) // 2] * 1e3, "p99_ms": gaps[int(len(gaps) * 0.99)] * 1e3,
+            "longest_ms": gaps[-1] * 1e3,
         }  # fmt: skip
         print(f"{self.spec['name']}: mixed {self.record['mixed']}", flush=True)
 
