@@ -25,6 +25,14 @@ def tile_counts_on_device(plan: Plan) -> torch.Tensor:
     return torch.stack(counts).sum()
 
 
+def recall(lse: torch.Tensor, dense_lse: torch.Tensor) -> torch.Tensor:
+    """fp32 [H]: mean share of the dense softmax that was attended, from the log-sum-exps [H, L] of the same queries.
+
+    A pooled residual can exceed the keys that it stands for, hence the bound.
+    """
+    return (lse - dense_lse).exp().clamp(max=1.0).mean(1)
+
+
 def by_pattern(plan: Plan) -> list[tuple[HeadPattern, list[int], int, int]]:
     """(recipe, its heads, tiles, partial tiles) of every recipe of a plan, its groups taken together."""
     rows: dict[HeadPattern, tuple[list[int], int, int]] = {}

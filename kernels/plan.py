@@ -39,6 +39,11 @@ def device_ints(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def head_numbers(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """int32 [R * g]: HeadGroup.heads, row after row, fillers included."""
+    return device_ints(tuple(head for row in heads for head in row), device)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bands:
     """Kept buckets of diagonals: bucket b is the distances query - key in [b * BUCKET, (b + 1) * BUCKET).

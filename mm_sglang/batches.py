@@ -28,10 +28,6 @@ class SparseChunk:
     layout: TokenLayout
     slots: torch.Tensor
 
-    @property
-    def prefix(self) -> int:
-        return self.layout.length - (self.end - self.start)
-
 
 def host_lengths(batch: ForwardBatch) -> list[tuple[int, int]]:
     """(tokens of the chunk, keys with it) of each request, on the host (dummy batches have no copy there)."""

@@ -67,10 +67,12 @@ def _plugin() -> Row:
 def _device() -> Row:
     import torch
 
+    from mm_sglang.choice import CUDA_MAJORS
+
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         name = f"{torch.cuda.get_device_name()}, SM{major}{minor}"
-        return "device", major in (8, 9), name if major in (8, 9) else f"{name}: needs SM80 to SM90"
+        return "device", major in CUDA_MAJORS, name if major in CUDA_MAJORS else f"{name}: needs SM80 to SM90"
     return "device", True, f"cpu, {torch.get_num_threads()} threads, no GPU found"
 
 

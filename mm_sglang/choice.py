@@ -9,6 +9,7 @@ import torch
 from mm_sglang.kernels.engines import ENGINES, Engine, engine
 
 log = logging.getLogger(__name__)
+CUDA_MAJORS = (8, 9)  # SM80 to SM90: what the dense prefill backend, FA3, runs on
 
 
 def choose_engine(name: str, device: str) -> Engine:

@@ -48,7 +48,7 @@ class Probe:
     rows: int = 16
 
     def __post_init__(self) -> None:
-        _at_least_one("probe", self, "every", "rows")
+        _require_at_least("probe", self, 1, "every", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,14 @@ class Guard:
             raise ValueError(f"guard: coverage={self.coverage!r}: needs a number between 0 and 1")
         if not isinstance(self.grow, int) or isinstance(self.grow, bool) or not 0 <= self.grow <= 16:
             raise ValueError(f"guard: grow={self.grow!r}: needs a whole number from 0 to 16")
-        _at_least_one("guard", self, "every", "rows")
+        _require_at_least("guard", self, 1, "every", "rows")
 
 
-def _at_least_one(where: str, entry: object, *names: str) -> None:
+def _require_at_least(where: str, entry: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(entry, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {name}={value!r}: needs a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{where}: {name}={value!r}: needs a whole number of at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,8 @@ class AssumedVideo:
     text: int = 512
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("rows", 1), ("cols", 1), ("text", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"assume_video: {name}={value!r}: needs a whole number of at least {least}")
+        _require_at_least("assume_video", self, 1, "frames", "rows", "cols")
+        _require_at_least("assume_video", self, 0, "text")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
+from mm_sglang.choice import CUDA_MAJORS
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -33,7 +35,7 @@ class DenseSide:
             self.backend: AttentionBackend = TorchNativeAttnBackend(runner)
             self.prefill = self.backend
             return
-        if torch.cuda.get_device_capability()[0] not in (8, 9):
+        if torch.cuda.get_device_capability()[0] not in CUDA_MAJORS:
             raise ValueError(
                 f"mm_sparse on {torch.cuda.get_device_name()}: needs SM80 to SM90 for the dense prefill of {PREFILL}"
             )

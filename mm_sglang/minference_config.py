@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mm_sglang.config import SparseConfig
 from mm_sglang.kernels.plan import TILE
+from mm_sglang.settings_file import settings_of, write_settings
 
 BLOCK = 64  # of MInference's block_sparse
 TYPES: dict[str, Callable[[int, int], dict[str, Any]]] = {
@@ -40,15 +39,9 @@ def convert(source: Path, out: Path) -> None:
     for number, layer in enumerate(layers):
         heads = {int(h): _recipe(entry, f"{source}: layer {number} head {h}") for h, entry in layer.items()}
         made[number] = {"heads": heads}
-    content = {
-        "min_tokens": 4096,
-        "default": TYPES["vertical_and_slash"](1000, 4096),
-        "layers": made,
-        "provenance": {"source": f"MInference, {source.name}"},
-    }
+    content = settings_of(made, {"source": f"MInference, {source.name}"})
     SparseConfig.from_mapping(content)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
+    write_settings(out, content)
 
 
 def _recipe(entry: Any, where: str) -> dict[str, Any]:

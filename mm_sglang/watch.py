@@ -15,7 +15,7 @@ import torch
 
 from mm_sglang.config import Guard, SparseConfig
 from mm_sglang.kernels.engines import Engine
-from mm_sglang.kernels.inspection import tile_counts_on_device
+from mm_sglang.kernels.inspection import recall, tile_counts_on_device
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import Dense, HeadPattern
 from mm_sglang.kernels.plan import Plan, device_ints
@@ -146,11 +146,11 @@ class Watch:
         rows = (guard if guarded and guard is not None else probe).rows  # type: ignore[union-attr]
         layer = done.layer
 
-        def use(recall: torch.Tensor) -> None:
+        def use(by_head: torch.Tensor) -> None:
             if probed:
-                self.metrics.recall(recall)
+                self.metrics.recall(by_head)
             if guarded:
-                self.recipes.judge(layer, recall)
+                self.recipes.judge(layer, by_head)
 
         self.later.put(recall_by_head(done, rows, self.engine), use)
 
@@ -164,5 +164,4 @@ def recall_by_head(done: Done, rows: int, engine: Engine) -> torch.Tensor:
     at = device_ints(picked, done.q.device)
     prefix = done.layout.length - queries
     dense = engine.ops().row_lse(done.q, done.pool, done.slots, at, prefix, done.scale)
-    recall: torch.Tensor = (done.lse[at.long()].T - dense).exp().clamp(max=1.0).mean(1)
-    return recall
+    return recall(done.lse[at.long()].T, dense)

@@ -20,6 +20,7 @@ from benchmarks.kernels import report, rows
 from benchmarks.kernels.__main__ import RESULTS, refuse
 from benchmarks.kernels.cases import SHAPES, Case, K, Recipe
 from benchmarks.kernels.measure import HEAD_DIM, Prepared, interleaved
+from mm_sglang.kernels.attend.reference import dense_rows
 from mm_sglang.kernels.engines import ENGINES
 
 TOKENS, SHAPE = 128 * K, "qwen2.5-vl-7b"
@@ -33,17 +34,6 @@ SWEEPS: dict[str, tuple[str, list[Recipe]]] = {
 }  # fmt: skip
 
 
-def dense_rows(it: Prepared, positions: torch.Tensor) -> torch.Tensor:
-    """fp32 [n, H, D]: dense causal attention of the queries at `positions`."""
-    group, out = it.q.shape[1] // it.k.shape[1], []
-    after = torch.arange(len(it.k), device=positions.device) > positions[:, None]
-    for head in range(it.q.shape[1]):
-        keys, values = it.k[:, head // group].float(), it.v[:, head // group].float()
-        logits = it.q[positions, head].float() @ keys.T * HEAD_DIM**-0.5
-        out.append(logits.masked_fill_(after, -torch.inf).softmax(1) @ values)
-    return torch.stack(out, 1)
-
-
 def sweep(name: str, inputs: str, recipes: list[Recipe], device: torch.device) -> list[dict[str, Any]]:
     """One record a recipe: times (ms, median) and relative errors without and with the residual."""
     out = []
@@ -54,7 +44,8 @@ def sweep(name: str, inputs: str, recipes: list[Recipe], device: torch.device) -
         for label, values in (("without", recipe), ("with", recipe | {"residual": True})):
             case = Case(name=name, inputs=inputs, recipe=lambda j, n, values=values: values)  # type: ignore[misc]
             pair[label] = Prepared.of(case, TOKENS, SHAPES[SHAPE], ENGINES["fa4"], 0, device)
-        want = dense_rows(pair["with"], positions) if want is None else want
+        it = pair["with"]
+        want = dense_rows(it.q, it.k, it.v, positions, HEAD_DIM**-0.5) if want is None else want
         for it in pair.values():
             it.run()  # compiles
         times = interleaved({label: it.run for label, it in pair.items()})

@@ -55,3 +55,17 @@ def attend(
                     total = weight.sum(1, keepdim=True)
                     out[place, head] = ((weight @ values[tiles].flatten(0, 1)) / total.clamp(min=1e-38)).to(out.dtype)
                     lse[head, place] = (total.log() + top)[:, 0]
+
+
+def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, scale: float) -> torch.Tensor:
+    """fp32 [L, H, D]: dense causal attention of a few queries of a whole prompt.
+
+    Args:
+        q: [N, H, D]; k, v: [N, Hkv, D]; at: int64 [L] positions.
+    """
+    share, out = q.shape[1] // k.shape[1], []
+    after = torch.arange(len(k), device=q.device) > at[:, None]
+    for head in range(q.shape[1]):
+        logits = q[at, head].float() @ k[:, head // share].float().T * scale
+        out.append(logits.masked_fill_(after, -torch.inf).softmax(1) @ v[:, head // share].float())
+    return torch.stack(out, 1)

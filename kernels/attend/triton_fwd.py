@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, TileLists, device_ints
+from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, TileLists, device_ints, head_numbers
 from mm_sglang.kernels.stages import stage
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -132,7 +132,7 @@ def attend_tiles(
     q_order, k_order = group.q_order, group.k_order
     _forward[(tiles, len(group.heads) * g)](
         q, k, v, q if slots is None else slots, q if q_order is None else q_order, q if k_order is None else k_order,
-        device_ints(tuple(h for row in group.heads for h in row), q.device), device_ints(group.kv_head, q.device),
+        head_numbers(group.heads, q.device), device_ints(group.kv_head, q.device),
         lists.full_count, lists.full_index, lists.partial_count, lists.partial_index, out, lse, lists.first,
         group.prefix, group.queries, group.keys, group.query_tiles * TILE, group.key_tiles * TILE, g,
         lists.full_index.shape[2], lists.partial_index.shape[2], scale * LOG2E, q.stride(0), q.stride(1), k.stride(0),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mm_sglang.kernels.plan import PAD, TILE, device_ints
+from mm_sglang.kernels.plan import PAD, TILE, head_numbers
 
 
 # fmt: off
@@ -55,7 +55,7 @@ def pool(
     out = torch.empty(len(heads) * g, tiles, stride * dim, dtype=x.dtype, device=x.device)
     _pool[(tiles, len(heads) * g)](
         x, x if order is None else order, x if slots is None else slots,
-        device_ints(tuple(h for row in heads for h in row), x.device), out, base, count, tiles, g, x.stride(0),
+        head_numbers(heads, x.device), out, base, count, tiles, g, x.stride(0),
         x.stride(1), HAS_ORDER=order is not None, HAS_SLOTS=slots is not None, REVERSE=reverse, STRIDE=stride, PAD=PAD,
         TILE=TILE, D=dim, num_warps=max(4, dim // 16),
     )  # fmt: skip

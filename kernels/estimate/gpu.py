@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mm_sglang.kernels.plan import BUCKET, device_ints
+from mm_sglang.kernels.plan import BUCKET, device_ints, head_numbers
 
 ROWS = 64  # sampled queries of a block: one tensor-core tile
 MOST_SPLITS = 256
@@ -130,10 +130,6 @@ def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_pt
 # fmt: on
 
 
-def _flat(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    return device_ints(tuple(h for row in heads for h in row), device)
-
-
 def _row_lse(
     q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, heads: tuple[tuple[int, ...], ...],
     kv_head: tuple[int, ...], rows: torch.Tensor, prefix: int, sampled: int, k_pos: torch.Tensor | None, scale: float,
@@ -148,7 +144,7 @@ def _row_lse(
     total, lse = torch.empty_like(top), torch.empty(members * blocks * ROWS, device=device)
     per_split = -(-per_split // block) * block
     _row_stats[(members, blocks, splits)](
-        q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, _flat(heads, device),
+        q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, head_numbers(heads, device),
         device_ints(kv_head, device), top, total, count, sampled, prefix, scale * LOG2E, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), g, per_split, splits, HAS_SLOTS=slots is not None, HAS_KPOS=k_pos is not None,
         D=q.shape[2], ROWS=ROWS, BLOCK=block, num_warps=4,
@@ -198,7 +194,7 @@ def sampled_mass(
     aligned = k_pos is None and last_row is not None
     shift = -(prefix + last_row - count + 1) % BUCKET if aligned and last_row is not None else 0
     _mass[(-(-(sampled + shift) // block), len(heads))](
-        q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, _flat(heads, device),
+        q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, head_numbers(heads, device),
         device_ints(kv_head, device), lse, columns, buckets, count, sampled, prefix, scale * LOG2E, share, q.stride(0),
         q.stride(1), k.stride(0), k.stride(1), g, blocks, number, shift, HAS_SLOTS=slots is not None,
         HAS_KPOS=k_pos is not None, ALIGNED=aligned, D=q.shape[2], ROWS=ROWS, BLOCK=block, BUCKET=BUCKET, num_warps=4,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mm_sglang.kernels.estimate.blocks_gpu import pool
-from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, device_ints
+from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, head_numbers
 
 TABLE_BYTES = 128 << 20  # of the table of listed tiles at once
 LOG2E = 1.4426950408889634
@@ -99,7 +99,7 @@ def residual(
     members, order = len(group.heads) * len(group.heads[0]), group.q_order
     k_mean, v_mean = (pool(x, group.k_order, slots, kv, 1, False, 0, group.keys) for x in (k, v))
     number = (group.k_positions().view(len(kv), tiles, TILE) != PAD).sum(2, dtype=torch.int32)
-    heads = device_ints(tuple(h for row in group.heads for h in row), device)
+    heads = head_numbers(group.heads, device)
     step = max(1, TABLE_BYTES // (members * tiles))
     ranges = [(a, min(a + step, last)) for first, last in group.slices() for a in range(first, last, step)]
     for first, last in ranges:

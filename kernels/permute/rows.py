@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mm_sglang.kernels.plan import PAD, device_ints
+from mm_sglang.kernels.plan import PAD, device_ints, head_numbers
 
 
 @triton.jit(do_not_specialize=["slots_ptr", "order_ptr", "keys", "slots_of_order"])
@@ -147,7 +147,7 @@ def _move(
     g, rows = len(heads[0]), copy.shape[1]
     _move_queries[(triton.cdiv(rows, 64), len(heads) * g)](
         x, copy, x if lse is None else lse, x if lse_copy is None else lse_copy, x if order is None else order,
-        device_ints(tuple(h for row in heads for h in row), x.device), prefix, len(x), first, rows,
+        head_numbers(heads, x.device), prefix, len(x), first, rows,
         0 if order is None else order.shape[1], g, x.stride(0), x.stride(1), 0 if lse is None else lse.stride(0),
         GATHER=lse is None, HAS_ORDER=order is not None, PAD=PAD, D=x.shape[2], BLOCK=64, num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mm_sglang.kernels.plan import TILE, HeadGroup, TileLists, device_ints
+from mm_sglang.kernels.plan import TILE, HeadGroup, TileLists, head_numbers
 
 SCRATCH = 128 << 20  # bytes of scores at once
 ROWS, COLUMNS = 128, 128  # query and key tiles of a block of scores
@@ -124,7 +124,7 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
     assert blocks is not None
     device, segments, g, orders = group.limits.device, len(group.segments), len(group.heads[0]), len(group.heads)
     tiles, k_tiles, size = last - first, blocks.k.shape[1], blocks.q.shape[2]
-    heads = device_ints(tuple(h for row in group.heads for h in row), device)
+    heads = head_numbers(group.heads, device)
     reached = torch.empty(orders, tiles, dtype=torch.int32, device=device)
     whole = torch.empty_like(reached)
     _hulls[(tiles, orders)](

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mm_sglang.kernels.plan import BUCKET, PAD, TILE, HeadGroup, TileLists, device_ints
+from mm_sglang.kernels.plan import BUCKET, PAD, TILE, HeadGroup, TileLists, head_numbers
 from mm_sglang.kernels.select.blocks_gpu import append_blocks
 
 
@@ -241,7 +241,7 @@ def tile_lists(group: HeadGroup, first: int, last: int) -> TileLists:
         partial_count=torch.empty(members, tiles, dtype=torch.int32, device=device),
         partial_index=torch.empty(members, tiles, partial_width, dtype=torch.int32, device=device),
     )
-    heads = device_ints(tuple(h for row in group.heads for h in row), device)
+    heads = head_numbers(group.heads, device)
     start, rank, order = group.start, group.rank, group.q_order
     fresh = True
     for s, segment in enumerate(group.segments):

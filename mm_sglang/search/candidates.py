@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mm_sglang.kernels.inspection import tile_counts
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns import HeadPattern, head_pattern
+from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan
 
 SLASH: dict[str, Any] = {"pattern": "vertical_slash", "columns": 1000, "slashes": 2048}
@@ -57,11 +57,16 @@ def density(
     """Tiles computed over tiles of dense causal attention, all heads."""
     heads = q.shape[1]
     plan = make_plan(q, k, layout=layout, patterns=[pattern] * heads, scale=scale, ops=ops)
-    return sum(tile_counts(group)[0] for group in plan.groups) / (plan.causal_tiles * heads)
+    return sum(tiles_by_head(plan)) / (plan.causal_tiles * heads)
 
 
-def density_by_head(plan: Any) -> list[float]:
+def density_by_head(plan: Plan) -> list[float]:
     """Each head's own density, of a plan whose heads share one recipe."""
+    return [count / plan.causal_tiles for count in tiles_by_head(plan)]
+
+
+def tiles_by_head(plan: Plan) -> list[int]:
+    """Tiles computed by each query head."""
     tiles = [0] * plan.heads
     for group in plan.groups:
         flat = [h for row in group.heads for h in row]
@@ -71,4 +76,4 @@ def density_by_head(plan: Any) -> list[float]:
             for head, count in zip(flat, counts, strict=True):
                 if head >= 0:
                     tiles[head] += int(count)
-    return [count / plan.causal_tiles for count in tiles]
+    return tiles

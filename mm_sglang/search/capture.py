@@ -63,7 +63,7 @@ class Captured:
             [{"role": "user", "content": content}], chat_template=self.processor.chat_template, tokenize=False,
             add_generation_prompt=True,
         )  # fmt: skip
-        frames, metadata = _frames(video)
+        frames, metadata = sampled_frames(video)
         options: dict[str, Any] = {}
         if "Qwen3" in type(self.processor).__name__:
             options = {"video_metadata": [[metadata]], "do_sample_frames": False}
@@ -84,7 +84,7 @@ class Captured:
             self.look = None
 
 
-def _frames(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
+def sampled_frames(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     """The frames that SGLang would sample from an mp4, [T, C, H, W], and their metadata."""
     from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
     from sglang.srt.utils.video_decoder import VideoDecoderWrapper

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from mm_sglang.choice import choose_engine
+from mm_sglang.kernels.attend.reference import dense_rows
+from mm_sglang.kernels.inspection import recall
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.plan import device_ints
@@ -25,6 +25,7 @@ from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.model_hash import model_hash
 from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
+from mm_sglang.settings_file import settings_of, write_settings, write_whole
 
 ROWS = 64  # queries at which outputs are compared, spread over the prompt
 LEAST_TOKENS = 1024
@@ -57,9 +58,7 @@ class Scores:
             held["recipes"].append(recipes[family])
             held["samples"] += 1
         self.values["done"].append([sample, layer])
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self.values))
-        os.replace(scratch, self.path)  # never half a file
+        write_whole(self.path, json.dumps(self.values))
 
 
 def search(model: str, videos: Sequence[Path], out: Path, *, target: float, device: str) -> dict[str, Any]:
@@ -73,7 +72,6 @@ def search(model: str, videos: Sequence[Path], out: Path, *, target: float, devi
         raise ValueError(f"--density {target}: needs a share between 0 and 1")
     if not videos:
         raise ValueError("--videos: needs at least one")
-    out.parent.mkdir(parents=True, exist_ok=True)
     held = Captured(model, device)
     what = {"model_hash": model_hash(model), "videos": [v.name for v in videos], "density": target}
     scores = Scores(out.with_name(out.name + ".partial"), what)
@@ -96,9 +94,7 @@ def search(model: str, videos: Sequence[Path], out: Path, *, target: float, devi
 
             held.run(inputs, look)
     content = choose(scores.values["cells"], held.heads, target, {**what, "tokens": tokens, "model": Path(model).name})
-    scratch = out.with_name(out.name + ".tmp")
-    scratch.write_text(yaml.dump(content, Dumper=_Plain, sort_keys=False, width=120))
-    os.replace(scratch, out)
+    write_settings(out, content)
     scores.path.unlink()
     return content
 
@@ -120,27 +116,10 @@ def layer_scores(
         pattern: HeadPattern = at_density(family, target, q, k, layout, scale, engine.ops())
         out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=[pattern] * heads, scale=scale, engine=engine)
         error = (out[at].float() - want).pow(2).sum((0, 2)).tolist()
-        recall = (lse[at].T - dense_lse).exp().clamp(max=1.0).mean(1).tolist()
-        cells[family] = [list(cell) for cell in zip(error, norm, recall, density_by_head(plan), strict=True)]
+        share = recall(lse[at].T, dense_lse).tolist()
+        cells[family] = [list(cell) for cell in zip(error, norm, share, density_by_head(plan), strict=True)]
         recipes[family] = pattern.to_dict()
     return cells, recipes
-
-
-def dense_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, scale: float) -> torch.Tensor:
-    """fp32 [L, H, D]: dense causal attention of the queries `at`."""
-    share, out = q.shape[1] // k.shape[1], []
-    after = torch.arange(len(k), device=q.device) > at[:, None]
-    for head in range(q.shape[1]):
-        logits = q[at, head].float() @ k[:, head // share].float().T * scale
-        out.append(logits.masked_fill_(after, -torch.inf).softmax(1) @ v[:, head // share].float())
-    return torch.stack(out, 1)
-
-
-class _Plain(yaml.SafeDumper):
-    """YAML that a person can edit: equal recipes are written out, not referred to."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def affordable(entry: dict[str, Any], target: float) -> list[str]:
@@ -163,15 +142,10 @@ def choose(cells: dict[str, Any], heads: int, target: float, provenance: dict[st
             best = min(error, key=lambda f: error[f])
             held = entry[best]
             chosen[head] = held["recipes"][-1]
-            recall, density = (total / held["samples"] for total in held["sums"][head][2:])
+            share, density = (total / held["samples"] for total in held["sums"][head][2:])
             told[head] = {
-                "family": best, "error": round(error[best], 4), "recall": round(recall, 4), "density": round(density, 4)
+                "family": best, "error": round(error[best], 4), "recall": round(share, 4), "density": round(density, 4)
             }  # fmt: skip
         layers[int(layer)] = {"heads": chosen}
         report[int(layer)] = told
-    return {
-        "min_tokens": 4096,
-        "default": {"pattern": "vertical_slash", "columns": 1000, "slashes": 4096},
-        "layers": layers,
-        "provenance": {"source": "mm-sglang search", **provenance, "heads": report},
-    }
+    return settings_of(layers, {"source": "mm-sglang search", **provenance, "heads": report})

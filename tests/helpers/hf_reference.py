@@ -5,7 +5,6 @@ SGLang's own frame sampling is used (it decides which frames a model sees); ever
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from mm_sglang.demo.client import Part
+from mm_sglang.search.capture import sampled_frames
 
 
 class HuggingFace:
@@ -37,7 +37,7 @@ class HuggingFace:
             add_generation_prompt=True,
         )
         images = [Image.open(value).convert("RGB") for kind, value in parts if kind == "image"]
-        sampled = [_frames(Path(value)) for kind, value in parts if kind == "video"]
+        sampled = [sampled_frames(Path(value)) for kind, value in parts if kind == "video"]
         options: dict[str, Any] = {}
         if sampled and "Qwen3" in type(self.processor).__name__:
             options = {"video_metadata": [[m for _, m in sampled]], "do_sample_frames": False}
@@ -55,15 +55,3 @@ class HuggingFace:
             out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         ids: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()
         return ids
-
-
-def _frames(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The frames SGLang samples and resizes from an mp4, [T, C, H, W], and their metadata."""
-    from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
-    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
-
-    from mm_sglang.compat import cpu_pin_memory
-
-    cpu_pin_memory.install()
-    frames, metadata = asyncio.run(preprocess_video(VideoDecoderWrapper(path.read_bytes())))
-    return frames, metadata
