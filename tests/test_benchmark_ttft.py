@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.ttft import __main__ as ttft
-from benchmarks.ttft.child import prompt
+from benchmarks.ttft import profile
+from benchmarks.ttft.child import prompt, spread
 from benchmarks.ttft.model import LAYERS, make_model
+from benchmarks.ttft.parts import PARTS, settings, specs
 from mm_sglang.config import SparseConfig
 from mm_sglang.kernels.patterns import BlockTopK, Grid, VerticalSlash
 
@@ -36,7 +39,7 @@ def test_the_model_is_qwen_7bs_shape_with_other_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind, kinds", [("mix", {BlockTopK, VerticalSlash, Grid}), ("paper", {VerticalSlash, Grid})])
 def test_the_settings_are_the_kernel_benchmarks_recipes(kind: str, kinds: set[type]) -> None:
-    config = SparseConfig.from_mapping(ttft.settings(kind))
+    config = SparseConfig.from_mapping(settings(kind))
     config.check_model(layers=LAYERS, heads=28)
     for layer in (0, LAYERS - 1):
         patterns = config.patterns(layer, 28)
@@ -46,25 +49,65 @@ def test_the_settings_are_the_kernel_benchmarks_recipes(kind: str, kinds: set[ty
 
 
 def test_contestants_differ_in_the_backend_alone(tmp_path: Path) -> None:
-    options = argparse.Namespace(
-        lengths=[4096], memory=0.7, only=["stock", "mm_sparse"], chunk=1024, layers=2, brief=True, mixed_chunk=True
-    )
-    stock, ours = (spec["arguments"] for spec in ttft.contestants(options, tmp_path))
-    different = {key for key in {*stock, *ours} if stock.get(key) != ours.get(key)}
-    assert different == {
-        "prefill_attention_backend", "decode_attention_backend", "attention_backend", "json_model_override_args",
-    }  # fmt: skip
-    assert stock["enable_mixed_chunk"] is True
-    assert set(json.loads(ours["json_model_override_args"])["mm_sparse"]["layers"]) == {"0", "1"}
+    runs = specs(list(PARTS), 1 << 20, tmp_path, ["stock", "mm_sparse"])
+    for part in ("whole", "ttft", "mixed"):
+        stock, ours = (next(s for s in runs if (s["part"], s["name"]) == (part, who)) for who in ("stock", "mm_sparse"))
+        assert stock["lengths"] == ours["lengths"] and stock.get("mixed") == ours.get("mixed")
+        a, b = stock["arguments"], ours["arguments"]
+        assert {key for key in {*a, *b} if a.get(key) != b.get(key)} == {
+            "prefill_attention_backend", "decode_attention_backend", "attention_backend", "json_model_override_args",
+        }  # fmt: skip
+        assert a.get("enable_mixed_chunk", False) == (part == "mixed")
+        layers = json.loads(b["json_model_override_args"])["mm_sparse"]["layers"]
+        assert len(layers) == ours["layers"] == (LAYERS if part == "whole" else 4)
+    assert len({s["chunk"] for s in runs if s["part"] == "chunks"}) == 5
     assert prompt(50, 1) == prompt(50, 1) != prompt(50, 2)
 
 
-def test_the_stored_table_shows_the_ratio_to_stock() -> None:
+def test_the_stored_table_shows_the_ratio_to_stock_at_its_best_chunk() -> None:
     record = json.loads(STORED.read_text())
-    runs = {run["name"]: {t["tokens"]: t["seconds"] for t in run["ttft"]} for run in record["runs"]}
-    ratio = runs["stock"][1 << 20] / runs["mm_sparse"][1 << 20]
-    row = next(line for line in ttft.table(record).splitlines() if "1024K" in line and "mm_sparse" in line)
+    runs = [run for run in record["runs"] if run["part"] == "ttft"]
+    seconds = {run["name"]: {t["tokens"]: t["seconds"] for t in run["ttft"]} for run in runs}
+    ratio = seconds["stock"][1 << 20] / seconds["mm_sparse"][1 << 20]
+    text = ttft.table(record)
+    row = next(line for line in text[text.index("ttft: ") :].splitlines() if "1024K" in line and "mm_sparse" in line)
     assert f"{ratio:.2f}x" in row
+
+
+def test_a_profile_sorts_kernels_into_stages_and_counts_idle_time_once(tmp_path: Path) -> None:
+    def event(ts: float, dur: float, name: str, cat: str = "kernel") -> dict[str, object]:
+        return {"ph": "X", "cat": cat, "ts": ts, "dur": dur, "name": name}
+
+    events = [
+        event(0, 100, "nvjet_tst_128x256"), event(50, 100, "_mass"), event(200, 300, "kernel_cutlass_FlashAttention90"),
+        event(500, 10, "Memcpy DtoD", "gpu_memcpy"), event(510, 490, "void rms_norm"), event(0, 9e9, "cpu", "cpu_op"),
+    ]  # fmt: skip
+    with gzip.open(tmp_path / "1-TP-0.trace.json.gz", "wt") as stream:
+        json.dump({"traceEvents": events}, stream)
+    found = profile.read(tmp_path)
+    assert found["seconds"] == pytest.approx(1e-3) and found["idle"] == pytest.approx(50e-6)
+    assert found["launches"] == 5 and found["stages"] == pytest.approx(
+        {"linear layers": 100e-6, "estimate": 100e-6, "attention": 300e-6, "copies": 10e-6,
+         "norm, rotary, activation": 490e-6}
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no kernel"):
+        profile.by_stage([events[-1]])
+
+
+def test_the_stages_know_every_kernel_of_ours() -> None:
+    for folder, stages in {
+        "estimate": {"estimate"}, "select": {"select"}, "tiles": {"plan"}, "permute": {"permute (copies of q, k, v)"},
+    }.items():  # fmt: skip
+        names: set[str] = set()
+        for file in (Path(ttft.__file__).parents[2] / "kernels" / folder).glob("*.py"):
+            names |= set(re.findall(r"(\w+)\[\(?[^=\n]*\]\(", file.read_text()))
+        launched = {name for name in names if name.startswith("_")}
+        assert launched and {profile.stage_of(name) for name in launched} == stages, launched
+
+
+def test_percentiles_of_gaps() -> None:
+    found = spread([n / 1000 for n in range(1, 1001)])
+    assert (found["gaps"], found["p50"], found["p99"], found["longest"]) == (1000, 501, 991, 1000)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ttft import profile
 
 VOCABULARY = (1000, 150000)  # ordinary tokens
 
@@ -36,6 +40,7 @@ class Memory:
 
     def _watch(self) -> None:
         command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=100"]
+        command.append("--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -52,7 +57,8 @@ class Contestant:
         import sglang
 
         self.spec, self.out = spec, out
-        self.record: dict[str, Any] = {"name": spec["name"], "arguments": spec["arguments"], "ttft": []}
+        self.name = f"{spec['part']} {spec['name']} {spec['chunk'] >> 10}K"
+        self.record: dict[str, Any] = {"arguments": spec["arguments"], "ttft": [], "left_out": []}
         began = time.perf_counter()
         self.engine = sglang.Engine(**spec["arguments"])
         self.record["start_seconds"] = time.perf_counter() - began
@@ -68,26 +74,50 @@ class Contestant:
         )
         return time.perf_counter() - began
 
+    def there_is_time(self, what: str, seconds: float) -> bool:
+        """Whether something of about so many seconds still fits; what does not is written down."""
+        fits: bool = time.time() + seconds < self.spec["deadline"]
+        if not fits:
+            self.record["left_out"].append(what)
+            self.store()
+        return fits
+
     def measure(self) -> None:
         """Everything the spec asks for, shortest prompts first."""
         spec, seed = self.spec, 1
-        warm = [self.seconds(prompt(tokens, 10_000 + tokens), 4) for tokens in spec["warm_up"]]
-        self.record["warm_up_seconds"] = warm
+        self.record["warm_up_seconds"] = [self.seconds(prompt(n, 10_000 + n), 4) for n in spec["warm_up"]]
+        tokens_before, last = 1, 0.0
         for tokens in spec["lengths"]:
+            repeats = spec["repeats"] if tokens <= 1 << 18 else spec["repeats_long"]
+            if not self.there_is_time(f"{tokens} tokens", last * (tokens / tokens_before) ** 2 * repeats):
+                continue
             times = []
             with Memory() as memory:
-                for _ in range(spec["repeats"] if tokens <= 1 << 18 else spec["repeats_long"]):
+                for _ in range(repeats):
                     seed += 1
                     times.append(self.seconds(prompt(tokens, seed)))
-            taken = {"tokens": tokens, "seconds": statistics.median(times), "all": times, "peak_gb": memory.peak}
-            self.record["ttft"].append(taken)
-            print(f"{spec['name']}: {tokens} tokens {taken['seconds']:.3f} s, peak {memory.peak:.1f} GB", flush=True)
+            # of two the second: the first of a length may compile
+            taken = {"tokens": tokens, "seconds": times[-1] if repeats == 2 else statistics.median(times)}
+            self.record["ttft"].append(taken | {"all": times, "peak_gb": memory.peak})
+            print(f"{self.name}: {tokens} tokens {taken['seconds']:.3f} s, peak {memory.peak:.1f} GB", flush=True)
+            tokens_before, last = tokens, taken["seconds"]
             self.store()
-        if spec.get("decode"):
+        if spec.get("decode") and self.there_is_time("decode", 5):
             self.decode(**spec["decode"])
-        if spec.get("mixed"):
+        if spec.get("mixed") and self.there_is_time("mixed load", 60):
             asyncio.get_event_loop().run_until_complete(self.mixed(**spec["mixed"]))
+        if spec.get("profile") and self.there_is_time("profile", 3 * last):
+            self.profile(spec["profile"])
         self.store()
+
+    def profile(self, tokens: int) -> None:
+        """GPU time of one prefill by stage, as SGLang's profiler records it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.start_profile(output_dir=folder, activities=["GPU"], with_stack=False, record_shapes=False)
+            seconds = self.seconds(prompt(tokens, 5))
+            self.engine.stop_profile()
+            self.record["profile"] = {"tokens": tokens, "request_seconds": seconds, **profile.read(Path(folder))}
+        print(f"{self.name}: profile\n" + "\n".join(profile.lines(self.record["profile"])), flush=True)
 
     def decode(self, tokens: int, new: int) -> None:
         """Milliseconds a token after a prompt of `tokens`, between the first token and the last."""
@@ -95,7 +125,7 @@ class Contestant:
         stamps = loop.run_until_complete(self._stream(prompt(tokens, 77), new))
         stamps = loop.run_until_complete(self._stream(prompt(tokens, 78), new))
         self.record["decode"] = {"tokens": tokens, "ms": (stamps[-1] - stamps[0]) / (len(stamps) - 1) * 1e3}
-        print(f"{self.spec['name']}: decode {self.record['decode']}", flush=True)
+        print(f"{self.name}: decode {self.record['decode']}", flush=True)
 
     async def _stream(self, ids: list[int], new: int) -> list[float]:
         """When each token came."""
@@ -107,23 +137,30 @@ class Contestant:
         return stamps
 
     async def mixed(self, tokens: int, chats: int, chat_tokens: int, new: int) -> None:
-        """Gaps between tokens of `chats` short chats while one long prompt prefills."""
+        """Gaps between tokens of short chats: while one long prompt prefills, and over the chats' whole life."""
         running = [asyncio.create_task(self._stream(prompt(chat_tokens, 500 + n), new)) for n in range(chats)]
         await asyncio.sleep(2.0)
         began = time.perf_counter()
         await self._stream(prompt(tokens, 99), 1)
         ended = time.perf_counter()
-        gaps = []
+        during, always = [], []
         for task in running:
-            stamps = [began, *(t for t in await task if began <= t <= ended), ended]
-            gaps += [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
-        gaps.sort()
+            stamps = await task
+            always += [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+            inside = [began, *(t for t in stamps if began <= t <= ended), ended]
+            during += [b - a for a, b in zip(inside, inside[1:], strict=False)]
         self.record["mixed"] = {
-            "tokens": tokens, "chats": chats, "prefill_seconds": ended - began, "gaps": len(gaps),
-            "p50_ms": gaps[len(gaps) // 2] * 1e3, "p99_ms": gaps[int(len(gaps) * 0.99)] * 1e3,
-            "longest_ms": gaps[-1] * 1e3,
+            "tokens": tokens, "chats": chats, "prefill_seconds": ended - began, "during": spread(during),
+            "whole_chats": spread(always),
         }  # fmt: skip
-        print(f"{self.spec['name']}: mixed {self.record['mixed']}", flush=True)
+        print(f"{self.name}: mixed {self.record['mixed']}", flush=True)
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Number, percentiles and longest of gaps, in milliseconds."""
+    ordered = sorted(seconds)
+    at = {f"p{share}": ordered[int(len(ordered) * share / 100)] * 1e3 for share in (50, 99, 99.9)}
+    return {"gaps": len(ordered), **at, "longest": ordered[-1] * 1e3}
 
 
 def main() -> None:
