@@ -2,7 +2,7 @@
 
 python -m benchmarks.ttft                          everything; a run at a time on each GPU that is visible
 python -m benchmarks.ttft --parts ttft mixed       only these tables
-python -m benchmarks.ttft --show FILE              the tables again, no GPU needed
+python -m benchmarks.ttft --show FILE              the tables and the picture again, no GPU needed
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
-from benchmarks.ttft import profile
+from benchmarks.ttft import plots, profile
 from benchmarks.ttft.model import LAYERS, make_model
 from benchmarks.ttft.parts import PARTS, specs
 
@@ -101,10 +101,14 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=60, help="what would end later is left out; default: 60")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/ttft.json")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print a stored table, measure nothing")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="tables and picture of a stored record, measure nothing"
+    )
     options = parser.parse_args()
     if options.show is not None:
-        print(table(json.loads(options.show.read_text())))
+        held = json.loads(options.show.read_text())
+        print(table(held))
+        plots.plot(held, options.show.with_suffix(".png"))
         return 0
     if not torch.cuda.is_available():
         parser.error("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
@@ -133,6 +137,7 @@ def main() -> int:
             record["runs"].append(result)
             out.write_text(json.dumps(record, indent=1))
     print(table(record))
+    plots.plot(record, out.with_suffix(".png"))
     return 1 if any("error" in r for r in record["runs"]) else 0
 
 
