@@ -25,6 +25,21 @@ def tile_counts_on_device(plan: Plan) -> torch.Tensor:
     return torch.stack(counts).sum()
 
 
+def tiles_by_head(plan: Plan) -> list[int]:
+    """Tiles computed by each query head; waits for the device once."""
+    heads, counts = [], []
+    for group in plan.groups:
+        for first, last in group.slices():
+            lists = group.lists(first, last)
+            heads += [h for row in group.heads for h in row]
+            counts.append((lists.full_count + lists.partial_count).sum(1))
+    tiles = [0] * plan.heads
+    for head, count in zip(heads, torch.cat(counts).tolist(), strict=True):
+        if head >= 0:
+            tiles[head] += int(count)
+    return tiles
+
+
 def recall(lse: torch.Tensor, dense_lse: torch.Tensor) -> torch.Tensor:
     """fp32 [H]: mean share of the dense softmax that was attended, from the log-sum-exps [H, L] of the same queries.
 

@@ -14,6 +14,7 @@ from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.grouping import groups_of
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
+from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern
 from mm_sglang.kernels.plan import HeadGroup, Plan
 
@@ -167,6 +168,8 @@ def _check(
         raise ValueError(f"layout of {layout.length} positions: needs {keys}, one a key")
     if len(patterns) != heads:
         raise ValueError(f"{len(patterns)} patterns: needs {heads}, one a query head")
+    if any(isinstance(pattern, Auto) for pattern in patterns):
+        raise ValueError("patterns: auto: has to be chosen first: needs what kernels.choosing.choose returns for it")
     devices = {t.device for t in (q, k, v, slots) if t is not None}
     if len(devices | {layout.coordinates.device}) > 1:
         raise ValueError(

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_observability, get_parallel
 
+from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
 from mm_sglang.choice import check_engine, choose_engine
 from mm_sglang.config import SparseConfig
@@ -68,6 +69,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         metrics = Metrics(on=bool(get_observability().enable_metrics) and rank == 0)
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
         self.watch = Watch(self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda")
+        self.auto = AutoHeads(self.engine, metrics)
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)
         self.model_configs = (model.hf_text_config, model.hf_config.vision_config)
         self.tracer = Tracer(self.config.trace, rank=rank, first_head=mine.start) if self.config.trace else None
@@ -178,10 +180,15 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         heads = (layer.tp_q_head_num, layer.head_dim)
         for chunk in self.chunks:
             chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
+            chunk_out = out[chunk.start : chunk.end].view(-1, *heads)
+            chosen = self.auto.recipes(
+                chunk.rid, layer.layer_id, recipes, chunk_q, key_pool, value_pool, slots=chunk.slots,
+                layout=chunk.layout, scale=layer.scaling, out=chunk_out,
+            )  # fmt: skip
             with self.watch.timer(layer.layer_id) or nullcontext():
                 attended, lse, plan = sparse_prefill(
-                    chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=recipes,
-                    scale=layer.scaling, engine=self.engine, out=out[chunk.start : chunk.end].view(-1, *heads),
+                    chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=chosen,
+                    scale=layer.scaling, engine=self.engine, out=chunk_out,
                 )  # fmt: skip
             self.watch.after(
                 Done(layer=layer.layer_id, q=chunk_q, lse=lse, pool=key_pool, slots=chunk.slots, layout=chunk.layout,

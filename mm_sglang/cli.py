@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     search.add_argument(
         "--density", type=float, default=0.1, help="share of dense attention's tiles to compute (default: %(default)s)"
     )
+    search.add_argument(
+        "--families", nargs="+", metavar="NAME", help="patterns it may choose, by their names in its report "
+        "(default: all of them)",
+    )  # fmt: skip
 
     report = commands.add_parser("report", help="one HTML page of what a search chose")
     report.add_argument("config", type=Path, metavar="FILE.yaml", help="written by mm-sglang search")
@@ -94,10 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "search":
             import torch
 
+            from mm_sglang.search.run import EVERY
             from mm_sglang.search.run import search as run_search
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            run_search(options.model, options.videos, options.out, target=options.density, device=device)
+            run_search(
+                options.model, options.videos, options.out, target=options.density, device=device,
+                families=options.families or EVERY,
+            )  # fmt: skip
             print(f"{options.out}: hand it to mm-sglang serve --sparse-config")
             return 0
         from mm_sglang.check import print_check

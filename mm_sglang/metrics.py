@@ -33,6 +33,7 @@ class Metrics:
         self._stages = counter("stage_seconds_total", "Device time by stage, in one sampled layer a batch.", "stage")
         self._recall = gauge("recall_mean", "Mean recall of the last probe, over heads.")
         self._worst = gauge("recall_worst", "Recall of the worst head of the last probe.")
+        self._chosen = counter("auto_heads_total", "Heads whose recipe auto chose, by pattern.", "pattern")
         self._guarded = counter("guarded_heads_total", "Heads the guard has raised, by what it did.", "action")
 
     def sparse_chunk(self, tokens: int) -> None:
@@ -62,3 +63,7 @@ class Metrics:
     def guarded(self, action: str) -> None:
         if self.on:
             self._guarded.labels(action=action).inc()
+
+    def chosen(self, pattern: str, heads: int) -> None:
+        if self.on:
+            self._chosen.labels(pattern=pattern).inc(heads)

@@ -19,6 +19,7 @@ from mm_sglang.kernels.patterns import head_pattern
 from mm_sglang.kernels.prefill import make_plan
 from mm_sglang.search import run
 from mm_sglang.search.candidates import FAMILIES, at_density, density, density_by_head
+from mm_sglang.search.capture import Captured
 from mm_sglang.serve import server_command
 
 DENSITY = 0.4
@@ -123,6 +124,58 @@ def test_bad_input_is_one_line_and_exit_code_2(
     arguments = ["--videos", str(folder / video), "--out", str(out), "--density", density_given]
     assert main(["search", str(folder / "model"), *arguments]) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_prepared_prompts_and_some_families(folder: Path) -> None:
+    """Embeddings made beforehand give what the video gave; each file holds only what it was allowed."""
+    held, out, fewer = Captured(str(folder / "model"), "cpu"), folder / "z.yaml", folder / "fewer.yaml"
+    inputs, layout = held.prompt(folder / "a.mp4")
+    model = held.model.model
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        seen = torch.cat(
+            model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+        )
+        embeds = embeds.masked_scatter((inputs["input_ids"] == held.config.video_token_id)[..., None], seen)
+    positions = inputs["position_ids"]
+    prepared = {"inputs_embeds": embeds, "position_ids": positions}
+    seen_by: list[torch.Tensor] = []
+    for given in (inputs, prepared):
+        seen_by.append(held.run(given, lambda *_: None))
+    torch.testing.assert_close(*seen_by)
+    families = ("a_shape", "columns", "grid row")
+    told = run.search_prompts(
+        held, {"mine": lambda: (prepared, layout)}, out, target=DENSITY, families=families,
+        fewer={fewer: ["a_shape", "columns"]},
+    )["provenance"]  # fmt: skip
+    assert told["families"] == list(families) and told["videos"] == ["mine"] and told["tokens"] == [layout.length]
+    for path, allowed in ((out, set(families)), (fewer, {"a_shape", "columns"})):
+        heads = SparseConfig.from_yaml(path).provenance["heads"]
+        assert {cell["family"] for layer in heads.values() for cell in layer.values()} <= allowed
+
+
+def test_positions_are_the_servers_after_a_long_video(folder: Path) -> None:
+    """200 frames of 6 x 6 tokens, a second each: the last one is at 2 * 199, and text goes on behind it."""
+    held = Captured(str(folder / "model"), "cpu")
+    config = held.config
+    ids = [1, config.vision_start_token_id, *[config.video_token_id] * (200 * 36), 5, 6]
+    inputs = {"input_ids": torch.tensor([ids]), "video_grid_thw": torch.tensor([[200, 12, 12]])}
+    positions = held._served_positions(inputs | {"second_per_grid_ts": torch.tensor([1.0])})
+    assert positions.shape == (3, 1, len(ids)) and positions[:, 0, -2].tolist() == [2 + 2 * 199 + 1] * 3
+
+
+def test_an_unknown_family_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--videos",
+        str(folder / "a.mp4"),
+        "--out",
+        str(folder / "never.yaml"),
+        "--families",
+        "a_shape",
+        "magic",
+    ]
+    assert main(["search", str(folder / "model"), *arguments]) == 2
+    assert "--families 'magic': needs some of ('a_shape'," in capsys.readouterr().err
 
 
 def test_an_unknown_architecture_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

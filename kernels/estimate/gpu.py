@@ -84,12 +84,16 @@ def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_pt
           sampled, prefix, factor, share, q_row, q_head, k_row, k_head, g, blocks, number, shift,
           HAS_SLOTS: tl.constexpr, HAS_KPOS: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
           BLOCK: tl.constexpr, BUCKET: tl.constexpr):
-    """Column sums of one block of keys over all heads and queries of a KV head; a few atomics a tile for buckets."""
+    """Column sums of one block of keys over all heads and queries of a KV head; a few atomics a tile for buckets.
+
+    Keys run down the tile and queries across, so that sums over queries stay inside a warp.
+    """
     r = tl.program_id(1)
     kv = tl.load(kv_ptr + r)
     key = tl.program_id(0) * BLOCK - shift + tl.arange(0, BLOCK)
     live_key = (key >= 0) & (key < sampled)
     k, pos = _load_keys(k_ptr, slots_ptr, kpos_ptr, kv, key, live_key, k_row, k_head, HAS_SLOTS, HAS_KPOS, D)
+    k = tl.trans(k)
     column = tl.zeros([BLOCK], tl.float32)
     real = 0
     lane = tl.arange(0, BLOCK)
@@ -100,24 +104,25 @@ def _mass(q_ptr, k_ptr, slots_ptr, kpos_ptr, rows_ptr, heads_ptr, kv_ptr, lse_pt
         real += ((head >= 0) & (block == 0)).to(tl.int32)
         q, rows = _load_queries(q_ptr, rows_ptr, head, block, count, q_row, q_head, D, ROWS)
         lse = tl.load(lse_ptr + ((r * g + i) * blocks + block) * ROWS + tl.arange(0, ROWS))
-        p = tl.exp2(_logits(q, k, rows, pos, live_key, prefix, factor) - lse[:, None])
-        whole = tl.sum(p, 0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor - lse[None, :]
+        seen = (pos[:, None] <= (rows + prefix)[None, :]) & live_key[:, None] & (rows >= 0)[None, :]
+        p = tl.exp2(tl.where(seen, s, float("-inf")))
+        whole = tl.sum(p, 1)
         column += whole
         base = (r * g + i) * number
         if ALIGNED:
             # Rows are consecutive positions and (row 0 - key 0) is a multiple of BUCKET, so key j of a run of BUCKET
             # is in that bucket for rows i >= j and in the next nearer one for the others.
-            upper = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] >= (lane % BUCKET)[None, :], p, 0.0), 0)
+            upper = tl.sum(tl.where(tl.arange(0, ROWS)[None, :] >= (lane % BUCKET)[:, None], p, 0.0), 1)
             top = (tl.load(rows_ptr + block * ROWS) + prefix - tl.program_id(0) * BLOCK + shift) // BUCKET
-            for half in tl.static_range(BLOCK // BUCKET):
-                inside = lane // BUCKET == half
-                near = tl.sum(tl.where(inside, upper, 0.0), 0)
-                far = tl.sum(tl.where(inside, whole - upper, 0.0), 0)
-                tl.atomic_add(buckets_ptr + base + top - half, near, mask=near > 0)
-                tl.atomic_add(buckets_ptr + base + top - half - 1, far, mask=far > 0)
+            near = tl.sum(tl.reshape(upper, [BLOCK // BUCKET, BUCKET]), 1)
+            far = tl.sum(tl.reshape(whole - upper, [BLOCK // BUCKET, BUCKET]), 1)
+            bucket = base + top - tl.arange(0, BLOCK // BUCKET)
+            tl.atomic_add(buckets_ptr + bucket, near, mask=near > 0)
+            tl.atomic_add(buckets_ptr + bucket - 1, far, mask=far > 0)
         elif not HAS_KPOS:  # all keys, from rows anywhere: whichever buckets the tile runs through
             at = rows + prefix
-            distance = at[:, None] - pos[None, :]
+            distance = at[None, :] - pos[:, None]
             bucket = tl.where(distance >= 0, distance // BUCKET, -1)
             first = tl.min(tl.where(rows >= 0, at, 2147483647), 0) - tl.max(tl.where(live_key, pos, 0), 0)
             last = tl.max(tl.where(rows >= 0, at, -1), 0) - tl.program_id(0) * BLOCK

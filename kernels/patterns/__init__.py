@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from mm_sglang.kernels.patterns.a_shape import AShape
+from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 from mm_sglang.kernels.patterns.block_topk import BlockTopK
 from mm_sglang.kernels.patterns.boundary import NAMES, Boundary
@@ -14,7 +15,7 @@ from mm_sglang.kernels.patterns.dense import Dense
 from mm_sglang.kernels.patterns.grid import Grid
 from mm_sglang.kernels.patterns.vertical_slash import VerticalSlash
 
-PATTERNS: dict[str, type[HeadPattern]] = {c.kind: c for c in (Dense, AShape, VerticalSlash, Grid, BlockTopK)}
+PATTERNS: dict[str, type[HeadPattern]] = {c.kind: c for c in (Dense, AShape, VerticalSlash, Grid, BlockTopK, Auto)}
 
 
 def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
@@ -56,6 +57,6 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
 
 
 __all__ = [
-    "PATTERNS", "AShape", "BlockTopK", "Boundary", "Dense", "Grid", "HeadPattern", "Selection", "VerticalSlash", "View",
-    "head_pattern",
+    "PATTERNS", "AShape", "Auto", "BlockTopK", "Boundary", "Dense", "Grid", "HeadPattern", "Selection", "VerticalSlash",
+    "View", "head_pattern",
 ]  # fmt: skip

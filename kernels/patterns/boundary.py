@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mm_sglang.kernels.classes import CLASSES
+from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern
 from mm_sglang.kernels.patterns.grid import Grid
 
@@ -43,6 +44,10 @@ class Boundary(HeadPattern):
         for name, recipe in self.recipes:
             if isinstance(recipe, Boundary):
                 raise ValueError(f"boundary {self.boundary}: part {name}: needs a pattern without a boundary")
+            if isinstance(recipe, Auto):
+                raise ValueError(
+                    f"boundary {self.boundary}: part {name}: auto: needs no boundary, it chooses one itself"
+                )
             if recipe.residual:
                 raise ValueError(f"boundary {self.boundary}: part {name}: residual=True: needs it beside 'boundary'")
             if self.boundary != "q" and isinstance(recipe, Grid) and recipe.horizontal:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mm_sglang.kernels.inspection import tiles_by_head
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns import HeadPattern, head_pattern
@@ -30,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "q grid frame": FRAME | {"boundary": "q"},
     "2d vertical_slash": SLASH | {"boundary": "2d"},
 }
-STEPS = 7  # of bisection for a family's budgets, over a factor of 2^-6 to 2^6
+STEPS, REACH = 7, 6.0  # of bisection for a family's budgets, over a factor of 2^-6 to 2^6
 
 
 def at_density(
@@ -41,14 +43,26 @@ def at_density(
     Args:
         q: [Nq, H, D], k: [Nk, Hkv, D] of a layer; target: share of dense attention's tiles.
     """
-    base, low, high = head_pattern(FAMILIES[family]), -6.0, 6.0
-    for _ in range(STEPS):
+    base = head_pattern(FAMILIES[family])
+    return base.scaled(
+        largest_factor(lambda factor: density(base.scaled(factor), q, k, layout, scale, ops), target, STEPS, REACH)
+    )
+
+
+def largest_factor(density_of: Callable[[float], float], target: float, steps: int, reach: float) -> float:
+    """The largest factor on budgets found whose density keeps to the target; the smallest one if none does.
+
+    Args:
+        density_of: a factor's density, growing with it; steps: of bisection, over factors 2^-reach to 2^reach.
+    """
+    low, high = -reach, reach
+    for _ in range(steps):
         middle = (low + high) / 2
-        if density(base.scaled(2**middle), q, k, layout, scale, ops) <= target:
+        if density_of(2.0**middle) <= target:
             low = middle
         else:
             high = middle
-    return base.scaled(2**low)
+    return float(2.0**low)
 
 
 def density(
@@ -63,17 +77,3 @@ def density(
 def density_by_head(plan: Plan) -> list[float]:
     """Each head's own density, of a plan whose heads share one recipe."""
     return [count / plan.causal_tiles for count in tiles_by_head(plan)]
-
-
-def tiles_by_head(plan: Plan) -> list[int]:
-    """Tiles computed by each query head."""
-    tiles = [0] * plan.heads
-    for group in plan.groups:
-        flat = [h for row in group.heads for h in row]
-        for first, last in group.slices():
-            lists = group.lists(first, last)
-            counts = (lists.full_count + lists.partial_count).sum(1).tolist()
-            for head, count in zip(flat, counts, strict=True):
-                if head >= 0:
-                    tiles[head] += int(count)
-    return tiles

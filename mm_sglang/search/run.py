@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from mm_sglang.settings_file import settings_of, write_settings, write_whole
 ROWS = 64  # queries at which outputs are compared, spread over the prompt
 LEAST_TOKENS = 1024
 SLACK = 1.1  # a family may cost this much of the target
+EVERY = tuple(FAMILIES)
+Prompt = Callable[
+    [], tuple[Mapping[str, torch.Tensor], TokenLayout]
+]  # made when its turn comes; inputs as Captured.run
 
 
 class Scores:
@@ -61,26 +66,50 @@ class Scores:
         write_whole(self.path, json.dumps(self.values))
 
 
-def search(model: str, videos: Sequence[Path], out: Path, *, target: float, device: str) -> dict[str, Any]:
-    """Search, write `out` (YAML that a server loads) and return its content.
+def search(
+    model: str, videos: Sequence[Path], out: Path, *, target: float, device: str, families: Sequence[str] = EVERY
+) -> dict[str, Any]:
+    """Search on videos, write `out` (YAML that a server loads) and return its content.
+
+    Args:
+        target: share of dense attention's tiles; families: names of FAMILIES that may be chosen.
 
     Raises:
-        ValueError: an unknown architecture, a video that is missing or too short, a target that is no share, or an
-            interrupted search of something else under the same name.
+        ValueError: an unknown architecture or family, a video that is missing or too short, a target that is no share,
+            or an interrupted search of something else under the same name.
     """
-    if not 0 < target < 1:
-        raise ValueError(f"--density {target}: needs a share between 0 and 1")
+    _check(target, families)  # before a model is loaded
     if not videos:
         raise ValueError("--videos: needs at least one")
     held = Captured(model, device)
-    what = {"model_hash": model_hash(model), "videos": [v.name for v in videos], "density": target}
+    prompts: dict[str, Prompt] = {video.name: partial(held.prompt, video) for video in videos}
+    return search_prompts(held, prompts, out, target=target, families=families)
+
+
+def search_prompts(
+    held: Captured, prompts: Mapping[str, Prompt], out: Path, *, target: float, families: Sequence[str] = EVERY,
+    fewer: Mapping[Path, Sequence[str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same on prompts of any making, by name.
+
+    Args:
+        held: from `Captured(model, device)`.
+        fewer: further files, each chosen from some of `families` by the same scores.
+
+    Raises:
+        ValueError: as `search`.
+    """
+    _check(target, families)
+    what = {
+        "model_hash": model_hash(held.folder), "videos": list(prompts), "density": target, "families": list(families)
+    }  # fmt: skip
     scores = Scores(out.with_name(out.name + ".partial"), what)
-    engine, tokens = choose_engine("auto", device), []
-    with tqdm(total=len(videos) * held.layers, desc="search", unit="layer") as progress:
-        for number, video in enumerate(videos):
-            inputs, layout = held.prompt(video)
+    engine, tokens = choose_engine("auto", held.device), []
+    with tqdm(total=len(prompts) * held.layers, desc="search", unit="layer") as progress:
+        for number, (name, make) in enumerate(prompts.items()):
+            inputs, layout = make()
             if layout.length < LEAST_TOKENS:
-                raise ValueError(f"video {video}: gives {layout.length} tokens: needs at least {LEAST_TOKENS}")
+                raise ValueError(f"{name}: gives {layout.length} tokens: needs at least {LEAST_TOKENS}")
             tokens.append(layout.length)
 
             def look(
@@ -88,20 +117,35 @@ def search(model: str, videos: Sequence[Path], out: Path, *, target: float, devi
                 layout: TokenLayout = layout,
             ) -> None:  # fmt: skip
                 if not scores.done(number, layer):
-                    cells, recipes = layer_scores(q, k, v, scale, layout, target, engine)
+                    cells, recipes = layer_scores(q, k, v, scale, layout, target, engine, families)
                     scores.add(number, layer, cells, recipes)
                 progress.update()
 
             held.run(inputs, look)
-    content = choose(scores.values["cells"], held.heads, target, {**what, "tokens": tokens, "model": Path(model).name})
+    told = {**what, "tokens": tokens, "model": Path(held.folder).name}
+    content = choose(scores.values["cells"], held.heads, target, told)
+    for path, some in (fewer or {}).items():
+        own = {
+            layer: {f: entry[f] for f in families if f in some} for layer, entry in scores.values["cells"].items()
+        }  # fmt: skip
+        write_settings(path, choose(own, held.heads, target, {**told, "families": list(some)}))
     write_settings(out, content)
     scores.path.unlink()
     return content
 
 
+def _check(target: float, families: Sequence[str]) -> None:
+    if not 0 < target < 1:
+        raise ValueError(f"--density {target}: needs a share between 0 and 1")
+    unknown = [name for name in families if name not in FAMILIES]
+    if unknown or not families:
+        raise ValueError(f"--families {unknown[0] if unknown else ''!r}: needs some of {EVERY}")
+
+
 def layer_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: TokenLayout, target: float, engine: Any
-) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: TokenLayout, target: float, engine: Any,
+    families: Sequence[str] = EVERY,
+) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:  # fmt: skip
     """Each family at the target density: (squared error, squared norm, recall, density) by head, and its recipe."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     queries, heads = q.shape[0], q.shape[1]
@@ -112,7 +156,7 @@ def layer_scores(
     norm = want.pow(2).sum((0, 2)).tolist()
     cells: dict[str, list[list[float]]] = {}
     recipes: dict[str, Any] = {}
-    for family in FAMILIES:
+    for family in families:
         pattern: HeadPattern = at_density(family, target, q, k, layout, scale, engine.ops())
         out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=[pattern] * heads, scale=scale, engine=engine)
         error = (out[at].float() - want).pow(2).sum((0, 2)).tolist()

@@ -22,6 +22,7 @@ from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import reference_ops, triton_ops
 from mm_sglang.kernels.patterns import head_pattern
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
+from mm_sglang.kernels.sampling import sampled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
@@ -178,3 +179,18 @@ def test_merge_is_the_references() -> None:
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(lse, want_lse)
     assert (lse[0, 5:9] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("name", ["grid_horizontal", "block_topk", "q_slash", "2d_slash"])
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_a_sample_of_a_plan_attends_what_the_whole_does(engine_name: str, name: str) -> None:
+    """What `auto` judges by: query tiles cut out of their groups, on the planning operations of this device."""
+    made, dim = engine(engine_name), 64 if engine_name == "fa4" else 16
+    q, k, v = tensors(100, 511, 4, 2, dim, torch.bfloat16 if engine_name == "fa4" else torch.float32, seed=3)
+    layout, patterns = TokenLayout(items=ITEMS, length=611, device=DEVICE), [head_pattern(RECIPES[name])] * 4
+    _, want, plan = sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=made)
+    out, lse = torch.full_like(q, float("nan")), torch.full((4, 511), float("nan"), device=DEVICE)
+    for group in plan.groups:
+        made.attend(q, k, v, None, sampled(group, (0, 3)), SCALE, out, lse)
+    rows = [*range(128), *range(384, 511)]
+    torch.testing.assert_close(lse[:, rows], want.T[:, rows], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,1 @@
+"""What sparse prefill does to a trained model's answers: `python -m benchmarks.accuracy`."""

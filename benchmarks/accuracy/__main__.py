@@ -1,0 +1,114 @@
+"""Answers of a trained small model with its prefill attention replaced: sparse methods at one density, and dense.
+
+python -m benchmarks.accuracy FOLDER                             search, all methods, 4K to 128K
+python -m benchmarks.accuracy FOLDER --config searched.yaml      patterns that mm-sglang search has written
+python -m benchmarks.accuracy FOLDER --budget-seconds 450        ends in time; the same command goes on
+python -m benchmarks.accuracy --show FILE                        table and heat maps of a stored run
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from benchmarks.accuracy.methods import METHODS, WITHOUT
+from benchmarks.accuracy.report import K, heat_maps, table
+from benchmarks.accuracy.session import Options, Session, searched_at
+from benchmarks.accuracy.store import Store
+from benchmarks.accuracy.student import Student
+from benchmarks.kernels.report import machine
+from benchmarks.tiny_model.inputs import Encoder
+from benchmarks.tiny_model.tasks import TASKS
+from mm_sglang.model_hash import model_hash
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LENGTHS = (4 * K, 16 * K, 64 * K, 128 * K)
+DEPTHS = (0.1, 0.5, 0.9)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"benchmarks.accuracy: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print the table, draw; 0 also if --budget-seconds left something out."""
+    began = time.monotonic()
+    parser = _Parser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", metavar="MODEL_FOLDER")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="of mm-sglang search; default: searched here")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
+    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, metavar="SHARE", help="of the needle")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--samples", type=int, default=2, help="a cell (task, length, depth); default: %(default)s")
+    parser.add_argument("--density", type=float, default=0.1, help="share of dense tiles; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<gpu>/accuracy")
+    parser.add_argument("--budget-seconds", type=float, default=math.inf, metavar="S")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print and draw a stored run, measure nothing")
+    options = parser.parse_args(argv)
+    try:
+        if options.show is not None:
+            return _finish(json.loads(options.show.read_text()), options.show.parent)
+        return _measure(options, began)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _measure(options: argparse.Namespace, began: float) -> int:
+    methods = options.methods or [m for m in METHODS if options.config is None or m not in WITHOUT]
+    for ok, message in (
+        (options.model is not None, "needs MODEL_FOLDER, or --show FILE"),
+        (options.model is None or Path(options.model, "config.json").is_file(), f"{options.model}: no model folder"),
+        (min(options.lengths) >= 256, f"--lengths {min(options.lengths)}: needs at least 256 tokens"),
+        (all(0 <= d <= 1 for d in options.depths), f"--depths {options.depths}: needs shares from 0 to 1"),
+        (options.samples >= 1, f"--samples {options.samples}: needs at least 1"),
+        (0 < options.density <= 1, f"--density {options.density}: needs a share above 0 and up to 1"),
+        (
+            options.config is None or not set(methods) & set(WITHOUT),
+            f"--methods {', '.join(WITHOUT)}: need no --config",
+        ),
+    ):
+        if not ok:
+            raise ValueError(message)
+    device, about = "cuda" if torch.cuda.is_available() else "cpu", machine()
+    about["versions"]["transformers"] = importlib.metadata.version("transformers")
+    out = options.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "accuracy"
+    at = " and ".join(f"{n} tokens" for n in searched_at(options.lengths))
+    about["searched"] = f"one search at {at}, the nearest serves" if options.config is None else options.config.name
+    what = {
+        "model": Path(options.model).resolve().name, "model_hash": model_hash(options.model),
+        "density": options.density, "samples": options.samples, "config": str(options.config),
+    }  # fmt: skip
+    store = Store(path=out / "accuracy.json", about=about, what=what)
+    student = Student(options.model, device)
+    session = Session(
+        options=Options(
+            model=options.model, config=options.config, lengths=tuple(options.lengths), depths=tuple(options.depths),
+            tasks=tuple(options.tasks), methods=tuple(dict.fromkeys(["dense", *methods])), samples=options.samples,
+            density=options.density, out=out, budget=options.budget_seconds,
+        ),
+        student=student, encoder=Encoder(Path(options.model), device), store=store, began=began,
+    )  # fmt: skip
+    session.run()
+    return _finish(json.loads(store.path.read_text()), out)
+
+
+def _finish(record: dict[str, object], folder: Path) -> int:
+    print(table(record))
+    for picture in heat_maps(record, folder):
+        print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

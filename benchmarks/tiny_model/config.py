@@ -1,0 +1,93 @@
+"""Sizes of the model and the stages of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """transformers takes hidden / heads for a head's width, so hidden is heads * 64."""
+
+    heads: int = 8
+    kv_heads: int = 2
+    layers: int = 5
+    intermediate: int = 512
+    vision_hidden: int = 256
+    vision_heads: int = 4  # a head's width of 64, and a number that tensor parallelism can divide
+    vision_depth: int = 4
+    vision_intermediate: int = 512
+    vision_full: tuple[int, ...] = (1, 3)
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the curriculum; its learning rate follows a half cosine from `lr` to `lr_end` over `minutes`."""
+
+    minutes: float
+    lr: float
+    lr_end: float
+    lengths: dict[int, float]  # tokens of a context: share of the micro-batches
+    micro_tokens: int = 65536  # a micro-batch holds as many contexts as fit, one at least
+    micros: int = 3  # micro-batches a step
+    warmup_steps: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    stages: dict[str, Stage]
+    sizes: Sizes = field(default_factory=Sizes)
+    tasks: dict[str, float] = field(
+        default_factory=lambda: {
+            "v_niah": 1.0, "mm_niah": 1.2, "tracking": 1.0, "order": 1.0, "counting": 0.8, "caption": 1.0,
+        }
+    )  # fmt: skip
+    turns: int = 24
+    photographs: bool = True
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    workers: int = 12
+    valid_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
+    valid_samples: int = 16
+    save_every_s: float = 120.0
+    seed: int = 1
+
+
+CONFIGS = {
+    "h200": Config(
+        stages={
+            # The vision tower first (look.py), then contexts of one or two frames: only what is seen can be retrieved.
+            "look": Stage(
+                minutes=1.2, lr=1e-3, lr_end=5e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
+            ),
+            "marks": Stage(
+                minutes=0.8, lr=8e-4, lr_end=8e-4, lengths={64: 0.4, 80: 0.2, 128: 0.2, 256: 0.1, 512: 0.1},
+                micro_tokens=12288, micros=2,
+            ),
+            "short": Stage(
+                minutes=3.2, lr=8e-4, lr_end=5e-4, warmup_steps=30, micro_tokens=16384, micros=2,
+                lengths={128: 0.1, 256: 0.15, 512: 0.3, 1024: 0.25, 2048: 0.2},
+            ),
+            "medium": Stage(
+                minutes=3, lr=5e-4, lr_end=3e-4, warmup_steps=30, micros=2,
+                lengths={512: 0.1, 1024: 0.2, 2048: 0.2, 4096: 0.2, 8192: 0.2, 16384: 0.1},
+            ),
+            "long": Stage(
+                minutes=5, lr=3e-4, lr_end=1e-5, warmup_steps=30, micro_tokens=131072, micros=2,
+                lengths={1024: 0.1, 4096: 0.15, 8192: 0.15, 16384: 0.2, 32768: 0.15, 65536: 0.15, 131072: 0.1},
+            ),
+        }
+    ),
+    "smoke": Config(
+        stages={"short": Stage(minutes=5, lr=2e-3, lr_end=1e-3, lengths={64: 0.4, 80: 0.3, 112: 0.3},
+                        micro_tokens=1760, micros=1)},
+        sizes=Sizes(heads=2, kv_heads=1, layers=3, intermediate=256, vision_hidden=64, vision_heads=1, vision_depth=2,
+                    vision_intermediate=128, vision_full=(1,)),
+        tasks={"v_niah": 1.0}, turns=4, photographs=False, workers=1, valid_lengths=(64, 80, 112), valid_samples=64,
+    ),
+}  # fmt: skip

@@ -1,0 +1,132 @@
+"""The first stage of training: the vision tower learns to tell what a frame shows.
+
+Heads on the mean of a frame's tokens name its border, glyph, shape, ball, cell and captions; they are thrown away
+afterwards. Learnt from answers alone this takes many times longer: before the tower sees anything there is nothing to
+look up, and before anything is looked up there is nothing to see for.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from benchmarks.tiny_model import checkpoint, sprites
+from benchmarks.tiny_model.batches import Batch, loader
+from benchmarks.tiny_model.forward import vision_features
+from benchmarks.tiny_model.scenes import Clip, render
+from benchmarks.tiny_model.words import COLOURS, GLYPHS, SHAPES
+
+if TYPE_CHECKING:
+    from benchmarks.tiny_model.config import Stage
+    from benchmarks.tiny_model.train import Trainer
+
+# Classes of each field; the last one is "none".
+FIELDS = {"border": len(COLOURS), "glyph": len(GLYPHS), "shape": len(SHAPES), "ball": len(COLOURS), "cell": 9} | {
+    f"{corner} {digit}": 10 for corner in ("top left", "top right", "bottom left", "bottom right") for digit in (0, 1)
+}
+NAMES = {number: name for name, number in sprites.NUMBER.items()}
+COLOUR_OF = {value: name for name, value in sprites.COLOUR_VALUES.items()}
+PLAIN = 0.1  # unmarked pairs of frames to each marked one
+
+
+def labels(clip: Clip) -> dict[str, int]:
+    """What a clip of one pair of frames shows, read off its stamps."""
+    found = dict(FIELDS)  # none
+    stamps = [stamp for stamp in clip.stamps if stamp[0] == 0]
+    digits = sorted(stamp for stamp in stamps if NAMES[stamp[1]] in GLYPHS)
+    caption = len(digits) > 1
+    for _, sprite, x, y, w, h, *rgb in stamps:
+        name, colour = NAMES[sprite], COLOUR_OF.get((rgb[0], rgb[1], rgb[2]))
+        if name in ("border", "ball") and colour is not None:
+            found[name] = COLOURS.index(colour)
+        if name == "ball":
+            across, down = (min(2, 3 * (2 * at + s) // (2 * side)) for at, s, side in
+                            ((x, w, clip.width), (y, h, clip.height)))  # fmt: skip
+            found["cell"] = 3 * down + across
+        if name in SHAPES:
+            found["shape"] = SHAPES.index(name)
+        if name in GLYPHS and not caption:
+            found["glyph"] = GLYPHS.index(name)
+    if caption:
+        for _, sprite, x, y, *_ in digits:
+            corner = f"{'top' if y < clip.height // 2 else 'bottom'} {'left' if x < clip.width // 2 else 'right'}"
+            left = min(s[2] for s in digits if (s[2] < clip.width // 2) == (x < clip.width // 2))
+            found[f"{corner} {int(x > left)}"] = int(NAMES[sprite])
+    return found
+
+
+def marked_pairs(batch: Batch, choice: random.Random) -> list[Clip]:
+    """The pairs of frames of a batch's clips that show something, and a few that don't, each as a clip of its own."""
+    out = []
+    for clip in (clip for shown in batch.clips for clip in shown):
+        marked = {stamp[0] // 2 for stamp in clip.stamps}
+        plain = [pair for pair in range(clip.frames // 2) if pair not in marked]
+        some = choice.sample(plain, min(len(plain), max(1, int(PLAIN * len(marked)))))
+        for pair in sorted({*marked, *some}):
+            stamps = [(s[0] - 2 * pair, *s[1:]) for s in clip.stamps if s[0] // 2 == pair]
+            out.append(Clip(2, clip.height, clip.width, clip.seconds, clip.camera[2 * pair : 2 * pair + 2], stamps))
+    return out
+
+
+class Heads(torch.nn.Module):
+    """Logits of every field from a frame's tokens [F, n, hidden]."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(hidden, sum(n + 1 for n in FIELDS.values()))
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(tokens.float().mean(1)).split([n + 1 for n in FIELDS.values()], 1)  # type: ignore[no-any-return]
+
+
+def train(trainer: Trainer, stage_name: str, stage: Stage, minutes: float) -> None:
+    """Train vision tower and heads for `minutes`, then save."""
+    begun, progress, encoder = time.monotonic(), trainer.progress, trainer.encoder
+    heads = Heads(trainer.config.sizes.hidden).to(encoder.device)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=stage.lr, betas=trainer.config.betas)
+    batches, bar = loader(trainer.config, stage, progress.micro), tqdm(unit="step", mininterval=5)
+    while time.monotonic() - begun < minutes * 60:
+        losses, rights = [], []
+        for _ in range(stage.micros):
+            batch = next(batches)
+            progress.micro += 1
+            if any(clip.frames < 2 for shown in batch.clips for clip in shown):
+                continue
+            clips = marked_pairs(batch, random.Random(progress.micro))
+            clips = clips[: stage.micro_tokens // (clips[0].tokens)]
+            frames = render(clips, encoder.device, photographs=trainer.config.photographs)
+            t, h, w = len(clips), clips[0].height // 14, clips[0].width // 14
+            pixels = encoder.pixels(frames, video=True)
+            tokens = vision_features(trainer.model, pixels, [(t, h, w)]).view(t, h * w // 4, -1)
+            rows = [labels(clip) for clip in clips]
+            loss = torch.zeros((), device=tokens.device)
+            for logits, name in zip(heads(tokens), FIELDS, strict=True):
+                goal = torch.tensor([row[name] for row in rows]).to(tokens.device, non_blocking=True)
+                loss = loss + cross_entropy(logits, goal)
+                rights.append((logits.argmax(1) == goal).float().mean())
+            (loss / stage.micros).backward()  # type: ignore[no-untyped-call]
+            trainer.master.add_gradients()
+            losses.append(loss.detach())
+        progress.step += 1
+        done = min(1.0, (time.monotonic() - begun) / (minutes * 60))
+        trainer.master.step(
+            min(1.0, progress.step / stage.warmup_steps) * (stage.lr + (stage.lr_end - stage.lr) * done)
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        if progress.step % 20 == 0 and losses:
+            loss_now, right = torch.stack(losses).mean().item(), torch.stack(rights).mean().item()
+            bar.set_postfix_str(f"loss {loss_now:.3f} right {right:.3f}")
+            bar.update(20)
+            checkpoint.log(
+                trainer.folder, step=progress.step, stage=stage_name, loss=loss_now, right=right,
+                seconds=round(progress.seconds + time.monotonic() - begun, 2),
+            )  # fmt: skip
+    bar.close()
+    progress.seconds += time.monotonic() - begun
+    trainer.save()

@@ -1,0 +1,92 @@
+"""A few tiles of a chunk's queries under any recipe: what they cost and what they attend, by the plan itself.
+
+Legend: R, g, G, S, T, Mq as in kernels/plan.py; n sampled tiles, H query heads, Nq queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mm_sglang.kernels.engines import Engine
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.patterns.base import HeadPattern
+from mm_sglang.kernels.plan import TILE, HeadGroup, Plan, Segment, device_ints, head_numbers
+from mm_sglang.kernels.prefill import make_plan
+
+TILES = 8  # 1024 rows, under 1% of a chunk of 128K tokens
+
+
+class Sample:
+    """TILES tiles of a chunk, evenly spread up to its last, and the two questions asked of a recipe; see `choose`."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, scale: float, engine: Engine,
+        slots: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.layout, self.scale, self.engine = q, k, v, layout, scale, engine
+        self.slots, self.out, self.prefix = slots, out, layout.length - len(q)
+        self.buffer = torch.empty(q.shape[1], len(q), device=q.device)
+        number = -(-len(q) // TILE)
+        count = min(TILES, number)
+        self.tiles = tuple((n + 1) * number // count - 1 for n in range(count))  # the last one holds the question
+        rows = tuple(r for t in self.tiles for r in range(t * TILE, min((t + 1) * TILE, len(q))))
+        self.rows = device_ints(rows, q.device).long()
+        # tiles that dense attention computes for the whole chunk, told from the sample as the candidates' are
+        ends = [min(self.prefix + (t + 1) * TILE, layout.length) for t in self.tiles]
+        self.causal = sum(-(-end // TILE) for end in ends) / count * number
+
+    def plan(self, pattern: HeadPattern) -> Plan:
+        """The recipe's plan of the whole chunk for all heads."""
+        return make_plan(
+            self.q, self.k, layout=self.layout, patterns=[pattern] * self.q.shape[1], scale=self.scale,
+            ops=self.engine.ops(), slots=self.slots,
+        )  # fmt: skip
+
+    def cost(self, plan: Plan) -> torch.Tensor:
+        """fp32 [H] on the device: share of dense tiles that each head computes."""
+        total = torch.zeros(plan.heads, device=self.q.device)
+        for group in plan.groups:
+            lists = sampled(group, self.tiles).lists()
+            mean = (lists.full_count + lists.partial_count).float().mean(1) * group.query_tiles  # [G]
+            heads = head_numbers(group.heads, self.q.device)
+            total.index_add_(0, heads.clamp(min=0).long(), torch.where(heads < 0, 0.0, mean))
+        return total / self.causal
+
+    def lse(self, plan: Plan) -> torch.Tensor:
+        """fp32 [H, rows] of the sampled queries under a plan; later groups overwrite earlier ones' rows, as in it."""
+        for group in plan.groups:
+            part = sampled(group, self.tiles)
+            self.engine.attend(self.q, self.k, self.v, self.slots, part, self.scale, self.out, self.buffer)
+        return self.buffer[:, self.rows]
+
+
+def sampled(group: HeadGroup, tiles: tuple[int, ...]) -> HeadGroup:
+    """The group for those of its query tiles that hold queries of the chunk's tiles `tiles`; nothing is planned again.
+
+    A group that gathers its queries has those of one tile of the chunk in two of its own at most.
+    """
+    device, at = group.limits.device, device_ints(tiles, group.limits.device).long()
+    count, g = len(group.kv_head), len(group.heads[0])
+    if group.q_order is None:
+        at = at.expand(count, -1)
+    else:
+        first = (group.prefix + at * TILE).int().expand(count, -1).contiguous()
+        begin = torch.searchsorted(group.q_order.contiguous(), first) // TILE
+        at = torch.cat([begin, begin + 1], 1).clamp(max=group.query_tiles - 1)
+    order = group.q_positions().reshape(count, -1, TILE).gather(1, at[..., None].expand(-1, -1, TILE))
+    limits = group.limits.view(count, len(group.segments), -1, TILE)
+    limits = limits.gather(2, at[:, None, :, None].expand(-1, len(group.segments), -1, TILE))
+
+    def cut(segment: Segment) -> Segment:
+        blocks = segment.blocks
+        if blocks is None:
+            return segment
+        rows = at.repeat_interleave(g, 0)[..., None].expand(-1, -1, blocks.q.shape[2])
+        return replace(segment, blocks=replace(blocks, q=blocks.q.gather(1, rows).contiguous()))
+
+    return replace(
+        group, q_order=order.flatten(1).to(device), limits=limits.flatten(2).contiguous(),
+        segments=tuple(cut(s) for s in group.segments),
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""`auto` heads in a server: what each chose, for as long as its request is prefilled.
+
+A choice costs time once a layer: at a request's first sparse chunk, and again when its keys have grown fourfold. It
+plans eight candidates up to three times, attends 8 tiles of queries for each, and waits for the device up to four
+times; at any other chunk the choice is scaled to the chunk's size and nothing waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mm_sglang.kernels.choosing import choose, for_chunk
+from mm_sglang.kernels.engines import Engine
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.patterns import Auto, Boundary, HeadPattern, head_pattern
+from mm_sglang.metrics import Metrics
+from mm_sglang.search.candidates import FAMILIES
+
+log = logging.getLogger(__name__)
+# One of each kind that the search tells apart; the boundaries only round the pattern that profits most.
+CANDIDATES = tuple(
+    head_pattern(FAMILIES[name])
+    for name in (
+        "a_shape", "vertical_slash", "columns", "grid frame", "grid row", "block_topk", "q vertical_slash",
+        "2d vertical_slash",
+    )
+)  # fmt: skip
+GROWTH = 4  # keys over those of the last choice at which heads choose again
+REQUESTS = 256  # whose choices are kept: nobody tells a backend that a request is over, so the longest unused goes
+
+
+@dataclass(kw_only=True)
+class _Held:
+    """One layer of a request: what was chosen by auto recipe, for which chunk (prefix, keys), and the last chunk's."""
+
+    chosen: dict[Auto, tuple[HeadPattern, ...]]
+    at: tuple[int, int]
+    end: int
+
+
+@dataclass
+class AutoHeads:
+    """Turns `auto` among a layer's recipes into what its heads chose; each tensor-parallel rank decides for its own."""
+
+    engine: Engine
+    metrics: Metrics
+    held: OrderedDict[str, dict[int, _Held]] = field(default_factory=OrderedDict)
+    said: set[int] = field(default_factory=set)
+
+    def recipes(
+        self, rid: str, layer: int, patterns: Sequence[HeadPattern], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        *, slots: torch.Tensor | None, layout: TokenLayout, scale: float, out: torch.Tensor | None = None,
+    ) -> Sequence[HeadPattern]:  # fmt: skip
+        """`patterns` with every `auto` replaced; the other arguments as for `choose`."""
+        autos = tuple(dict.fromkeys(p for p in patterns if isinstance(p, Auto)))
+        if not autos:
+            return patterns
+        keys, prefix = layout.length, layout.length - len(q)
+        layers = self.held.setdefault(rid, {})
+        self.held.move_to_end(rid)
+        if len(self.held) > REQUESTS:
+            self.held.popitem(last=False)
+        held = layers.get(layer)
+        # A chunk that does not go on where the last one ended is of another prompt under an old name, or starts again.
+        if held is None or held.end != prefix or keys >= GROWTH * held.at[1] or set(autos) != set(held.chosen):
+            found = {
+                auto: choose(
+                    q, k, v, layout=layout, candidates=CANDIDATES, density=auto.density, scale=scale,
+                    engine=self.engine, slots=slots, out=out,
+                ).recipes
+                for auto in autos
+            }  # fmt: skip
+            held = layers[layer] = _Held(chosen=found, at=(prefix, keys), end=keys)
+            self._tell(layer, [found[p][head] for head, p in enumerate(patterns) if isinstance(p, Auto)])
+        held.end = keys
+        return tuple(
+            replace(for_chunk(held.chosen[p][head], held.at, (prefix, keys)), residual=p.residual)
+            if isinstance(p, Auto)
+            else p
+            for head, p in enumerate(patterns)
+        )
+
+    def _tell(self, layer: int, chosen: Sequence[HeadPattern]) -> None:
+        names = Counter(f"{p.boundary} boundary" if isinstance(p, Boundary) else p.kind for p in chosen)
+        for name, heads in names.items():
+            self.metrics.chosen(name, heads)
+        if layer not in self.said:
+            self.said.add(layer)
+            said = ", ".join(f"{heads} {name}" for name, heads in names.most_common())
+            log.info("mm_sparse: auto: layer %d chose, said once: %s", layer, said)
