@@ -6,13 +6,15 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.tiny_model import checkpoint, scenes, sprites, words
-from benchmarks.tiny_model.batches import MicroBatches, collate, plan_batch
+from benchmarks.tiny_model import checkpoint, look, scenes, sprites, words
+from benchmarks.tiny_model.answers import Rounds, Update, encode
+from benchmarks.tiny_model.batches import Batch, collate, plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Sizes
 from benchmarks.tiny_model.evaluate import accuracy, load
 from benchmarks.tiny_model.forward import ATTENTION, answer_logits, segment_attention, use_fast_attention
@@ -238,13 +240,17 @@ def test_evaluation_gives_a_share_of_right_answers(made: tuple[Path, Any], encod
 
 def test_a_resumed_training_goes_on_as_an_unbroken_one(tmp_path: Path) -> None:
     config = replace(CONFIGS["smoke"], sizes=SMALL)
-    batches = MicroBatches(config, replace(config.stages["short"], micro_tokens=256))
+    rounds = Rounds(config, replace(config.stages["short"], micro_tokens=256, micros=1))
 
     def train(trainer: Trainer, numbers: range) -> None:
+        update = Update(trainer)
+        trainer.master.set_rate(1e-3)
         for number in numbers:
-            trainer.micro(batches[number], 1.0)
-            trainer.master.step(1e-3)
+            batches = rounds[number]
+            prompts = sum(len(batch.tensors["input_ids"]) for batch in batches)
+            update(encode(trainer, batches, torch.arange(prompts)).step(0, prompts))
             trainer.progress.micro += 1
+        assert update.sums[:, 3].sum() > 0
 
     unbroken = Trainer(tmp_path / "a", config, "cpu")
     train(unbroken, range(4))
@@ -252,13 +258,59 @@ def test_a_resumed_training_goes_on_as_an_unbroken_one(tmp_path: Path) -> None:
     train(broken, range(2))
     broken.save()
     resumed = Trainer(tmp_path / "b", config, "cpu")
-    assert resumed.progress == checkpoint.Progress(micro=2)
+    assert resumed.progress == checkpoint.Progress(micro=2, stage="short")
     train(resumed, range(2, 4))
     for one, two in zip(unbroken.master.masters, resumed.master.masters, strict=True):
         assert torch.equal(one, two)
-    export(resumed.model, tmp_path / "out")  # a model with the fast attention on
-    stored = load(tmp_path / "out", "cpu").lm_head.weight
+    resumed.save()
+    elsewhere = Trainer(tmp_path / "c", config, "cpu", weights=tmp_path / "b" / "model")  # bf16, a new optimizer
+    assert elsewhere.progress == resumed.progress
+    stored = load(tmp_path / "b" / "model", "cpu").lm_head.weight
     assert torch.equal(stored, resumed.model.lm_head.weight.bfloat16().float())
+    assert torch.equal(stored, elsewhere.model.lm_head.weight)
+
+
+def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path) -> None:
+    usual = CONFIGS["smoke"].stages["short"]
+    stages = {"look": replace(usual, minutes=0.01, lengths={256: 1.0}, micros=1), "marks": replace(usual, minutes=0.02)}
+    config = replace(CONFIGS["smoke"], sizes=SMALL, stages=stages, workers=0, valid_samples=1, valid_lengths=(64,))
+    trainer = Trainer(tmp_path, config, "cpu")
+
+    def changed(trainer: Trainer, before: dict[str, torch.Tensor]) -> set[bool]:
+        """Whether weights that are no longer as before are the vision tower's."""
+        return {"visual" in name for name, w in trainer.model.named_parameters() if not torch.equal(w, before[name])}
+
+    first = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    assert trainer.run(0.4)  # to the end of the last stage
+    assert trainer.progress.stage == "marks" and changed(trainer, first) == {True, False}
+    longer = {"look": stages["look"], "marks": replace(stages["marks"], minutes=1.0)}
+    again = Trainer(tmp_path, replace(config, stages=longer), "cpu")
+    before = {name: weight.detach().clone() for name, weight in again.model.named_parameters()}
+    assert not changed(trainer, before) and not again.run(0.05) and changed(again, before) == {False}
+    rows = [json.loads(line) for line in (tmp_path / "model" / "log.jsonl").read_text().splitlines()]
+    assert any(row.get("stage") == "look" for row in rows) and any(row.get("stage") == "marks" for row in rows)
+
+
+def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:
+    for task in ("v_niah", "tracking", "caption", "counting"):
+        plan = make_plan(task, tokens=4096, seed=3, split="train", turns=24)
+        (clip,) = plan.clips
+        seen = [look.labels(part) for part in look.marked_pairs(Batch(task, 0, {}, [[clip]], [], [], 0), Random(0))]
+        for question, answer in plan.turns:
+            if task == "v_niah":
+                colour = next(n for n, c in enumerate(words.COLOURS) if c in question)
+                assert {s["glyph"] for s in seen if s["border"] == colour} == {words.GLYPHS.index(answer)}
+            elif task == "tracking":
+                colour = next(n for n, c in enumerate(words.COLOURS) if c in question)
+                assert [s["cell"] for s in seen if s["ball"] == colour][-1] == words.PLACES.index(answer)
+            elif task == "counting":
+                shape = next(n for n, c in enumerate(words.SHAPES) if c in question)
+                assert sum(s["shape"] == shape for s in seen) == int(answer)
+            else:
+                colour = next(n for n, c in enumerate(words.COLOURS) if f"{c} frame" in question)
+                corner = next(c for c in words.CORNERS if c in question)
+                (found,) = [s for s in seen if s["border"] == colour]
+                assert f"{found[corner + ' 0']}{found[corner + ' 1']}" == answer
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -12,6 +12,6 @@ forward.py    the model's forward pass without Python loops over frames
 model.py      architecture, files of a model folder, export
 batches.py    batches for training, planned in worker processes
 config.py     sizes and stages
-train.py      the loop; checkpoint.py and plot.py belong to it
+train.py      the loop: look.py for the vision tower, answers.py for all the rest; checkpoint.py, plot.py
 evaluate.py   accuracy by task, length and depth
 """

@@ -126,12 +126,17 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
 
 def loader(config: Config, stage: Stage, first: int) -> Any:
     """An endless iterator over MicroBatches from number `first`."""
+    return endless(MicroBatches(config, stage), config.workers, first)
+
+
+def endless(made: torch.utils.data.Dataset[Any], workers: int, first: int) -> Any:
+    """An endless iterator over `made` from number `first`, in worker processes."""
     return iter(
         torch.utils.data.DataLoader(
-            MicroBatches(config, stage),
+            made,
             batch_size=None,
             sampler=range(first, first + (1 << 40)),
-            num_workers=config.workers,
-            prefetch_factor=6 if config.workers else None,
+            num_workers=workers,
+            prefetch_factor=6 if workers else None,
         )
     )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.tiny_model.config import Config
+
+CHECKPOINT, LOG, PROGRESS = "checkpoint.pt", "log.jsonl", "training.json"
 
 
 @dataclass
@@ -25,12 +29,20 @@ class Progress:
     stage_step: int = 0
     stage_seconds: float = 0.0
 
+    def begin(self, stage: str) -> None:
+        self.stage, self.stage_step, self.stage_seconds = stage, 0, 0.0
+
+    def spend(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.stage_seconds += seconds
+
 
 class Master:
-    """AdamW on fp32 copies of the model's weights (the weights themselves where the model is fp32)."""
+    """AdamW on fp32 copies of the weights that are trained (the weights themselves where the model is fp32)."""
 
     def __init__(self, model: Any, config: Config) -> None:
-        named = list(model.named_parameters())
+        self.model = model
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         self.names = [name for name, _ in named]
         self.weights = [weight for _, weight in named]
         self.same = self.weights[0].dtype == torch.float32
@@ -45,8 +57,17 @@ class Master:
             }
             for kind in (True, False)
         ]
-        cuda = self.masters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=cuda)
+        cuda = self.masters[0].is_cuda  # there steps become CUDA graphs: the rate is a tensor
+        self.lr = torch.zeros((), device=self.masters[0].device)
+        lr = self.lr if cuda else 0.0
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=1e-8, fused=cuda, capturable=cuda)
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the steps that follow."""
+        self.lr.fill_(lr)
+        if not self.lr.is_cuda:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
 
     @torch.no_grad()
     def add_gradients(self) -> None:
@@ -57,7 +78,7 @@ class Master:
                 weight.grad = None
 
     @torch.no_grad()
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         """One clipped update; returns the gradients' norm. A gradient that is not finite is left out."""
         norm = torch.nn.utils.get_total_norm(self.sums)
         factor = torch.where(norm.isfinite(), (self.clip / (norm + 1e-6)).clamp(max=1.0), torch.zeros_like(norm))
@@ -66,8 +87,6 @@ class Master:
         torch._foreach_mul_(self.sums, factor)
         for master, total in zip(self.masters, self.sums, strict=True):
             master.grad = total
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.optimizer.step()
         for master in self.masters:
             master.grad = None
@@ -77,18 +96,20 @@ class Master:
         return norm
 
     def state(self) -> dict[str, Any]:
-        return {
-            "weights": dict(zip(self.names, self.masters, strict=True)),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """All weights, trained or not, and the optimizer with the names of what it trains."""
+        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        weights |= {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+        return {"weights": weights, "trained": self.names, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        for name, master, weight in zip(self.names, self.masters, self.weights, strict=True):
+        """Take over weights, and the optimizer if it trained the same ones."""
+        for name, weight in self.model.named_parameters():
+            weight.copy_(state["weights"][name])
+        for name, master in zip(self.names, self.masters, strict=True):
             master.copy_(state["weights"][name])
-            if not self.same:
-                weight.copy_(master)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["trained"] == self.names:
+            self.optimizer.load_state_dict(state["optimizer"])
 
 
 def save(folder: Path, master: Master, progress: Progress) -> None:
@@ -96,50 +117,49 @@ def save(folder: Path, master: Master, progress: Progress) -> None:
     state = master.state() | {"progress": asdict(progress), "rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
-    fresh = folder / "checkpoint.tmp"
+    fresh = folder / f"{CHECKPOINT}.tmp"
     torch.save(state, fresh)
-    os.replace(fresh, folder / "checkpoint.pt")
+    os.replace(fresh, folder / CHECKPOINT)
 
 
-def load(folder: Path, master: Master) -> Progress:
-    """Put the folder's checkpoint into `master`, or start anew where there is none."""
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        return Progress()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    master.load(state)
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return Progress(**state["progress"])
+def load_progress(folder: Path, weights: Path | None, first: str) -> Progress:
+    """Of the folder's checkpoint, else of `weights` (with its log), else none, in stage `first`."""
+    path = folder / CHECKPOINT
+    if path.is_file():
+        return Progress(**torch.load(path, map_location="cpu", weights_only=True)["progress"])
+    if weights is not None:
+        shutil.copy(weights / LOG, folder / LOG)
+        return Progress(**json.loads((weights / PROGRESS).read_text()))
+    return Progress(stage=first)
 
 
-PROGRESS = "training.json"
+def load(folder: Path, weights: Path | None, master: Master) -> None:
+    """Put the folder's checkpoint into `master`, else `weights`, whose optimizer starts anew."""
+    path = folder / CHECKPOINT
+    if path.is_file():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        master.load(state)
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    elif weights is not None:
+        stored: dict[str, torch.Tensor] = {}
+        for file in sorted(weights.glob("*.safetensors")):
+            stored |= load_file(file)
+        named = {}
+        for name, _ in master.model.named_parameters():
+            older = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            named[name] = stored[name] if name in stored else stored[older]
+        master.load({"weights": named, "trained": None})
 
 
-def save_progress(export: Path, progress: Progress) -> None:
-    """Beside exported weights: how they came about, and what `load_export` counts on from."""
-    (export / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
-
-
-@torch.no_grad()
-def load_export(export: Path, master: Master) -> Progress:
-    """Put exported weights into `master`, whose optimizer starts anew."""
-    from safetensors.torch import load_file
-
-    stored = load_file(export / "model.safetensors")
-    for name, weights, weight in zip(master.names, master.masters, master.weights, strict=True):
-        key = (
-            name
-            if name in stored
-            else name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        )
-        weights.copy_(stored[key])
-        weight.copy_(weights)
-    return Progress(**json.loads((export / PROGRESS).read_text()))
+def save_progress(folder: Path, model: Path, progress: Progress) -> None:
+    """Beside exported weights: how they came about, and what a later run counts on from."""
+    (model / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
+    shutil.copy(folder / LOG, model / LOG)
 
 
 def log(folder: Path, **entry: Any) -> None:
-    """Append one line to log.jsonl."""
-    with (folder / "log.jsonl").open("a") as file:
+    """Append one line to the log."""
+    with (folder / LOG).open("a") as file:
         file.write(json.dumps(entry) + "\n")

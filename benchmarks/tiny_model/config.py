@@ -32,8 +32,9 @@ class Stage:
     lr: float
     lr_end: float
     lengths: dict[int, float]  # tokens of a context: share of the micro-batches
-    micro_tokens: int = 65536  # a micro-batch holds as many contexts as fit, one at least
-    micros: int = 3  # micro-batches a step
+    micro_tokens: int = 8192  # a step holds as many contexts as fit, one at least
+    micros: int = 16  # steps of a round, whose frames are encoded together (look.py: micro-batches of a step)
+    round_tokens: int = 131072  # at most, beyond one step
     warmup_steps: int = 100
 
 
@@ -54,7 +55,6 @@ class Config:
     workers: int = 12
     valid_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
     valid_samples: int = 16
-    save_every_s: float = 120.0
     seed: int = 1
 
 
@@ -66,26 +66,25 @@ CONFIGS = {
                 minutes=1.2, lr=1e-3, lr_end=5e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
             ),
             "marks": Stage(
-                minutes=0.8, lr=8e-4, lr_end=8e-4, lengths={64: 0.4, 80: 0.2, 128: 0.2, 256: 0.1, 512: 0.1},
-                micro_tokens=12288, micros=2,
+                minutes=1.5, lr=8e-4, lr_end=8e-4, lengths={64: 0.3, 80: 0.2, 128: 0.2, 256: 0.2, 512: 0.1},
             ),
             "short": Stage(
-                minutes=3.2, lr=8e-4, lr_end=5e-4, warmup_steps=30, micro_tokens=16384, micros=2,
-                lengths={128: 0.1, 256: 0.15, 512: 0.3, 1024: 0.25, 2048: 0.2},
+                minutes=2, lr=8e-4, lr_end=6e-4,
+                lengths={64: 0.05, 128: 0.1, 256: 0.2, 512: 0.3, 1024: 0.2, 2048: 0.15},
             ),
             "medium": Stage(
-                minutes=3, lr=5e-4, lr_end=3e-4, warmup_steps=30, micros=2,
-                lengths={512: 0.1, 1024: 0.2, 2048: 0.2, 4096: 0.2, 8192: 0.2, 16384: 0.1},
+                minutes=3, lr=6e-4, lr_end=4e-4,
+                lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
             ),
             "long": Stage(
-                minutes=5, lr=3e-4, lr_end=1e-5, warmup_steps=30, micro_tokens=131072, micros=2,
-                lengths={1024: 0.1, 4096: 0.15, 8192: 0.15, 16384: 0.2, 32768: 0.15, 65536: 0.15, 131072: 0.1},
+                minutes=5, lr=4e-4, lr_end=1e-5,
+                lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
             ),
         }
     ),
     "smoke": Config(
         stages={"short": Stage(minutes=5, lr=2e-3, lr_end=1e-3, lengths={64: 0.4, 80: 0.3, 112: 0.3},
-                        micro_tokens=1760, micros=1)},
+                        micro_tokens=1760, micros=4, round_tokens=8192)},
         sizes=Sizes(heads=2, kv_heads=1, layers=3, intermediate=256, vision_hidden=64, vision_heads=1, vision_depth=2,
                     vision_intermediate=128, vision_full=(1,)),
         tasks={"v_niah": 1.0}, turns=4, photographs=False, workers=1, valid_lengths=(64, 80, 112), valid_samples=64,

@@ -87,22 +87,26 @@ def vision_features(model: Any, pixels: torch.Tensor, grids: Sequence[tuple[int,
     return out.pooler_output  # type: ignore[no-any-return]
 
 
-def answer_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Logits [A, vocabulary] that predict the answer tokens of a batch (batches.Batch.tensors).
+def shown(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """What the vision tower makes of a batch (batches.Batch.tensors), in its places of [B, N, hidden]; 0 elsewhere.
 
     `pixels` holds the first clip of all B prompts, then the second of all; `kinds` and `grids` say what the clips are.
     """
     ids, grids, kinds = batch["input_ids"], batch["grids"], batch["kinds"]
-    embeds = model.get_input_embeddings()(ids)
     merged = [(len(ids) * t, h, w) for t, h, w in grids]
-    tokens = torch.split(vision_features(model, batch["pixels"], merged), [t * h * w // 4 for t, h, w in merged])
+    tokens = vision_features(model, batch["pixels"], merged).split([t * h * w // 4 for t, h, w in merged])  # type: ignore[no-untyped-call]
+    out = torch.zeros(*ids.shape, tokens[0].shape[-1], dtype=tokens[0].dtype, device=ids.device)
     for kind, name in ((1, "image"), (2, "video")):
-        mine = [
-            part.view(len(ids), -1, part.shape[-1]) for part, is_a in zip(tokens, kinds, strict=True) if is_a == name
-        ]
+        mine = [part.unflatten(0, (len(ids), -1)) for part, is_a in zip(tokens, kinds, strict=True) if is_a == name]
         if mine:
-            mask = (batch["mm_token_type_ids"] == kind)[..., None]
-            embeds = embeds.masked_scatter(mask, torch.cat(mine, 1).to(embeds.dtype))
+            out = out.masked_scatter((batch["mm_token_type_ids"] == kind)[..., None], torch.cat(mine, 1))
+    return out
+
+
+def answer_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Logits [A, vocabulary] that predict the answer tokens of a batch (batches.Batch.tensors)."""
+    words = model.get_input_embeddings()(batch["input_ids"])
+    embeds = torch.where((batch["mm_token_type_ids"] > 0)[..., None], shown(model, batch).to(words.dtype), words)
     hidden = model.model.language_model(
         inputs_embeds=embeds, position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state

@@ -22,7 +22,6 @@ from benchmarks.tiny_model.scenes import Clip, render
 from benchmarks.tiny_model.words import COLOURS, GLYPHS, SHAPES
 
 if TYPE_CHECKING:
-    from benchmarks.tiny_model.config import Stage
     from benchmarks.tiny_model.train import Trainer
 
 # Classes of each field; the last one is "none".
@@ -84,13 +83,16 @@ class Heads(torch.nn.Module):
         return self.linear(tokens.float().mean(1)).split([n + 1 for n in FIELDS.values()], 1)  # type: ignore[no-any-return]
 
 
-def train(trainer: Trainer, stage_name: str, stage: Stage, minutes: float) -> None:
-    """Train vision tower and heads for `minutes`, then save."""
-    begun, progress, encoder = time.monotonic(), trainer.progress, trainer.encoder
+def train(trainer: Trainer, stage_name: str, end: float) -> None:
+    """Train vision tower and heads until `end` (time.monotonic)."""
+    from benchmarks.tiny_model.train import rate
+
+    last, progress, encoder = time.monotonic(), trainer.progress, trainer.encoder
+    stage = trainer.config.stages[stage_name]
     heads = Heads(trainer.config.sizes.hidden).to(encoder.device)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=stage.lr, betas=trainer.config.betas)
     batches, bar = loader(trainer.config, stage, progress.micro), tqdm(unit="step", mininterval=5)
-    while time.monotonic() - begun < minutes * 60:
+    while time.monotonic() < end:
         losses, rights = [], []
         for _ in range(stage.micros):
             batch = next(batches)
@@ -113,20 +115,20 @@ def train(trainer: Trainer, stage_name: str, stage: Stage, minutes: float) -> No
             trainer.master.add_gradients()
             losses.append(loss.detach())
         progress.step += 1
-        done = min(1.0, (time.monotonic() - begun) / (minutes * 60))
-        trainer.master.step(
-            min(1.0, progress.step / stage.warmup_steps) * (stage.lr + (stage.lr_end - stage.lr) * done)
-        )
+        progress.stage_step += 1
+        trainer.master.set_rate(rate(stage, progress))
+        trainer.master.step()
         optimizer.step()
         optimizer.zero_grad()
-        if progress.step % 20 == 0 and losses:
+        now = time.monotonic()
+        progress.spend(now - last)
+        last = now
+        if progress.stage_step % 20 == 1 and losses:
             loss_now, right = torch.stack(losses).mean().item(), torch.stack(rights).mean().item()
             bar.set_postfix_str(f"loss {loss_now:.3f} right {right:.3f}")
             bar.update(20)
             checkpoint.log(
                 trainer.folder, step=progress.step, stage=stage_name, loss=loss_now, right=right,
-                seconds=round(progress.seconds + time.monotonic() - begun, 2),
+                seconds=round(progress.seconds, 2),
             )  # fmt: skip
     bar.close()
-    progress.seconds += time.monotonic() - begun
-    trainer.save()

@@ -81,16 +81,16 @@ def save_files(folder: Path) -> None:
 
 
 def export(model: Any, folder: Path) -> int:
-    """Write a whole model folder in bf16; returns the bytes of its weights."""
+    """Write a whole model folder in bf16, weights in files of at most 12 MB; returns the bytes of its weights."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     save_files(folder)
     config = Qwen2_5_VLConfig.from_dict(model.config.to_dict())  # without the attention that training registered
     copy = Qwen2_5_VLForConditionalGeneration(config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    copy.to(torch.bfloat16).save_pretrained(folder, max_shard_size="12MB")
     path = folder / "config.json"
     settings = json.loads(path.read_text())
     settings.pop("dtype", None)  # transformers 5's name; SGLang and older versions read torch_dtype, and so does 5
     path.write_text(json.dumps(settings | {"torch_dtype": "bfloat16"}, indent=2))
-    return (folder / "model.safetensors").stat().st_size
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,8 +1,8 @@
-"""Train the small model: python -m benchmarks.tiny_model.train --folder F --minutes 9 --stage short
+"""Train the small model: python -m benchmarks.tiny_model.train --folder F --minutes 9
 
-A run goes on from F/checkpoint.pt, ends itself after --minutes with a new one and a quick validation, and logs to
-F/log.jsonl. The same command again goes on; --stage names the next stage of the curriculum. --plot draws the log,
---export OUT writes the model folder, and --weights OUT goes on from it on another machine, with a new optimizer.
+A run goes on from F/checkpoint.pt, through the stages of the curriculum, ends itself after --minutes and logs to
+F/log.jsonl; the same command again goes on. F/model is the model's folder, written anew every minute; on another
+machine --weights F/model goes on from it with a new optimizer. --plot draws the log.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
-from benchmarks.tiny_model import checkpoint, look
-from benchmarks.tiny_model.batches import Batch, loader, plan_batch
+from benchmarks.tiny_model import answers, checkpoint, look
+from benchmarks.tiny_model.batches import plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Config, Stage
 from benchmarks.tiny_model.forward import answer_logits, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
@@ -27,7 +25,9 @@ from benchmarks.tiny_model.model import export, new_model, save_files
 from benchmarks.tiny_model.plans import least_tokens
 
 VALIDATION_SEED = 1 << 45
-FLUSH_STEPS = 10  # steps between two looks at the GPU's results
+LOOK = "look"  # the stage of the vision tower
+MODEL = "model"  # the model's folder in a training's
+VALIDATION_S, VALIDATION_SHARE = 15.0, 0.12  # at most, at the end of a stage and of a run
 
 
 def exact(logits: torch.Tensor, batch: dict[str, Any], turns: int) -> torch.Tensor:
@@ -66,119 +66,88 @@ def validate(model: Any, encoder: Encoder, config: Config, longest: int, limit_s
 
 
 class Trainer:
-    """A model with its optimizer and progress, from the folder or new."""
+    """A model with its optimizer and progress, from the folder, from `weights` or new.
+
+    The first stage trains the vision tower (look.py), the others all the rest (answers.py).
+    """
 
     def __init__(self, folder: Path, config: Config, device: str, weights: Path | None = None) -> None:
         save_files(folder)
         self.folder, self.config = folder, config
         self.encoder = Encoder(folder, device)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model = new_model(config.sizes, config.seed)
-        float_weights = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-        self.model.to(device, dtype)
+        self.model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
         use_fast_attention(self.model)
-        self.master = checkpoint.Master(self.model, config)
-        for name, master in zip(self.master.names, self.master.masters, strict=True):
-            master.data.copy_(float_weights[name])  # not rounded to bf16
-        self.progress = checkpoint.load(folder, self.master)
-        if weights is not None and self.progress.step == 0:
-            self.progress = checkpoint.load_export(weights, self.master)
+        self.progress = checkpoint.load_progress(folder, weights, next(iter(config.stages)))
+        (folder / checkpoint.LOG).touch()
+        self._trains_vision(self.progress.stage == LOOK)
+        checkpoint.load(folder, weights, self.master)
 
-    def micro(self, batch: Batch, share: float) -> torch.Tensor:
-        """Forward and backward of one micro-batch; [loss, exact match] on the device."""
-        tensors = batch.to_model(self.encoder, photographs=self.config.photographs)
-        logits = answer_logits(self.model, tensors)
-        loss = cross_entropy(logits, tensors["targets"])
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        self.master.add_gradients()
-        return torch.stack([loss.detach(), exact(logits.detach(), tensors, batch.turns).mean()])
+    def _trains_vision(self, vision: bool) -> None:
+        self.model.model.visual.requires_grad_(vision)
+        self.model.model.language_model.requires_grad_(not vision)
+        self.model.lm_head.requires_grad_(not vision)
+        self.master = checkpoint.Master(self.model, self.config)
 
     def save(self) -> None:
+        """The checkpoint, and beside it the model's folder, from which --weights goes on elsewhere."""
         checkpoint.save(self.folder, self.master, self.progress)
+        export(self.model, self.folder / MODEL)
+        checkpoint.save_progress(self.folder, self.folder / MODEL, self.progress)
 
-    def run(self, stage_name: str, minutes: float) -> None:
-        """Train for `minutes`, validation included."""
-        begun, stage, progress = time.monotonic(), self.config.stages[stage_name], self.progress
-        if stage_name == "look":
-            return look.train(self, stage_name, stage, minutes)
-        if progress.stage != stage_name:
-            progress.stage, progress.stage_step, progress.stage_seconds = stage_name, 0, 0.0
-        batches = loader(self.config, stage, progress.micro)
-        last = saved = time.monotonic()
-        waiting: list[tuple[dict[str, Any], torch.Tensor]] = []
-        validation_s = min(60.0, minutes * 60 * 0.12)
-        bar = tqdm(unit="step", initial=progress.step, mininterval=5)
-        self.model.train()
-        while time.monotonic() - begun < minutes * 60 - validation_s:
-            lr = rate(stage, progress)
-            for _ in range(stage.micros):
-                batch = next(batches)
-                result = self.micro(batch, 1 / stage.micros)
-                progress.micro += 1
-                progress.tokens += batch.tensors["input_ids"].numel()
-                waiting.append(({"task": batch.task, "length": batch.length}, result))
-            norm = self.master.step(lr)
-            progress.step += 1
-            progress.stage_step += 1
-            if progress.step % FLUSH_STEPS == 0:
-                numbers = torch.stack([result for _, result in waiting]).tolist()
-                now = time.monotonic()
-                progress.seconds += now - last
-                progress.stage_seconds += now - last
-                last = now
-                for (what, _), (loss, match) in zip(waiting, numbers, strict=True):
-                    checkpoint.log(
-                        self.folder, step=progress.step, stage=stage_name, seconds=round(progress.seconds, 2),
-                        tokens=progress.tokens, lr=lr, norm=norm.item(), loss=loss, exact=match, **what,
-                    )  # fmt: skip
-                speed = f"{progress.tokens / max(progress.seconds, 1e-9) / 1e3:.0f}K tokens/s"
-                mean = [sum(column) / len(numbers) for column in zip(*numbers, strict=True)]
-                bar.set_postfix_str(f"loss {mean[0]:.3f} exact {mean[1]:.3f} lr {lr:.1e} {speed}")
-                bar.update(FLUSH_STEPS)
-                waiting = []
-                if now - saved > self.config.save_every_s:
-                    self.save()
-                    saved = now
-        bar.close()
-        del batches
-        self.save()
+    def run(self, minutes: float) -> bool:
+        """Train for `minutes`, through as many stages as they last; True if the last stage is done."""
+        end, stages = time.monotonic() + minutes * 60, list(self.config.stages)
+        limit = min(VALIDATION_S, VALIDATION_SHARE * minutes * 60)
+        while True:
+            name = self.progress.stage
+            stage = self.config.stages[name]
+            left = stage.minutes * 60 - self.progress.stage_seconds
+            stops = min(time.monotonic() + left, end - limit)
+            (look if name == LOOK else answers).train(self, name, stops)
+            done = self.progress.stage_seconds >= stage.minutes * 60
+            self.save()
+            if name != LOOK and (done or time.monotonic() > end - 2 * limit):
+                self._validate(max(stage.lengths), limit)
+            if done and name == stages[-1]:
+                return True
+            if done:
+                self.progress.begin(stages[stages.index(name) + 1])
+                self._trains_vision(vision=False)
+            if time.monotonic() > end - 2 * limit:
+                self.save()
+                return False
+
+    def _validate(self, longest: int, limit_s: float) -> None:
         self.model.eval()
-        left = minutes * 60 - (time.monotonic() - begun)
-        rows = validate(self.model, self.encoder, self.config, max(stage.lengths), left)
-        for row in rows:
-            checkpoint.log(self.folder, step=progress.step, valid=True, seconds=round(progress.seconds, 2), **row)
+        for row in validate(self.model, self.encoder, self.config, longest, limit_s):
+            checkpoint.log(
+                self.folder, step=self.progress.step, valid=True, seconds=round(self.progress.seconds, 2), **row
+            )
             print(f"{row['task']:9s} {row['length']:7d} tokens: exact {row['exact']:.3f} of {row['answers']}")
+        self.model.train()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--config", choices=CONFIGS, default="h200")
-    parser.add_argument("--stage", help="default: the config's first")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this run; the next one goes on; default: 9")
     parser.add_argument(
-        "--weights", type=Path, help="an --export of an earlier run to go on from where there is no checkpoint"
+        "--weights", type=Path, help="F/model of an earlier run, to go on from where F has no checkpoint"
     )
     parser.add_argument("--plot", action="store_true", help="only draw F/log.jsonl as F/learning.png")
-    parser.add_argument("--export", type=Path, metavar="OUT", help="only write the model folder")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config = CONFIGS[args.config]
     if args.plot:
         from benchmarks.tiny_model.plot import plot
 
         return print(plot(args.folder))
-    stage = args.stage or next(iter(config.stages))
-    if stage not in config.stages:
-        parser.error(f"--stage {stage}: needs one of {list(config.stages)}")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here each batch has its own
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = Trainer(args.folder, config, device, args.weights)
-    if args.export:
-        size = export(trainer.model, args.export)
-        checkpoint.save_progress(args.export, trainer.progress)
-        return print(f"{args.export}: {size / 2**20:.2f} MiB of weights, step {trainer.progress.step}")
-    trainer.run(stage, args.minutes)
+    trainer = Trainer(args.folder, CONFIGS[args.config], device, args.weights)
+    done = trainer.run(args.minutes)
+    print(f"{args.folder / MODEL}: step {trainer.progress.step}, {'done' if done else 'the same command goes on'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,230 @@
+"""Training of the language model on a vision tower that stands still: many small steps, few launches.
+
+The frames of a round of steps are drawn and encoded together, task by task. Then every step is one replay of a CUDA
+graph (plain calls on a CPU). Learning needs updates more than examples, and a step of 8K tokens takes the GPU some
+milliseconds where drawing and encoding its frames by itself keeps the CPU busy for ten times as long.
+
+Shapes: R prompts of a round, B of a step, N tokens of a prompt, A answer tokens of a prompt at most.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from benchmarks.tiny_model import checkpoint
+from benchmarks.tiny_model.batches import SEED_STRIDE, Batch, endless, plan_batch
+from benchmarks.tiny_model.config import Config, Stage
+from benchmarks.tiny_model.forward import shown
+from benchmarks.tiny_model.inputs import IGNORED, Text
+from benchmarks.tiny_model.plans import least_tokens
+from benchmarks.tiny_model.words import tokenizer
+
+if TYPE_CHECKING:
+    from benchmarks.tiny_model.train import Trainer
+
+FLUSH_ROUNDS = 16  # between two looks at the GPU's results
+SAVE_S = 60.0
+GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
+ANSWER_TOKENS = 80  # of a prompt at most: 24 turns of three
+
+
+class Rounds(torch.utils.data.Dataset[list[Batch]]):
+    """By number: prompts of one length for the steps of a round, a batch for each task."""
+
+    def __init__(self, config: Config, stage: Stage) -> None:
+        self.config, self.stage = config, stage
+        self.text: Text | None = None
+
+    def __getitem__(self, number: int) -> list[Batch]:
+        if self.text is None:  # made in the worker
+            self.text = Text(tokenizer())
+        choice = random.Random(f"{self.config.seed}/round/{number}")
+        length = choice.choices(list(self.stage.lengths), list(self.stage.lengths.values()))[0]
+        tasks = {task: share for task, share in self.config.tasks.items() if length >= least_tokens(task)}
+        rows = max(1, self.stage.micro_tokens // length) * max(
+            1, min(self.stage.micros, self.stage.round_tokens // length)
+        )
+        drawn = choice.choices(list(tasks), list(tasks.values()), k=rows)
+        seed = (self.config.seed * 1_000_003 + number) * SEED_STRIDE
+        return [
+            plan_batch(self.text, task, length, drawn.count(task), seed=seed + at * (SEED_STRIDE >> 3), split="train",
+                       turns=self.config.turns)
+            for at, task in enumerate(tasks) if task in drawn
+        ]  # fmt: skip
+
+
+@dataclass
+class Rows:
+    """The prompts of a round in random order, on the model's device."""
+
+    ids: torch.Tensor  # int64 [R, N]
+    vision: torch.Tensor  # bool [R, N]
+    shown: torch.Tensor  # [R, N, hidden] of the vision tokens
+    positions: torch.Tensor  # int64 [3, R, N]
+    where: torch.Tensor  # int64 [R, A] token before each answer token; 0 where there is none
+    goals: torch.Tensor  # int64 [R, A], IGNORED where there is none
+    first: torch.Tensor  # bool [R, A] first token of an answer
+    task: torch.Tensor  # int64 [R] number of the task in the config
+
+    def step(self, start: int, count: int) -> tuple[torch.Tensor, ...]:
+        part = slice(start, start + count)
+        return (self.ids[part], self.vision[part], self.shown[part], self.positions[:, part], self.where[part],
+                self.goals[part], self.first[part], self.task[part])  # fmt: skip
+
+
+@torch.no_grad()
+def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
+    """Draw and encode the frames of a round; `order` permutes its prompts."""
+    tasks, length, device = list(trainer.config.tasks), batches[0].length, trainer.encoder.device
+    parts: list[list[torch.Tensor]] = []
+    for batch in batches:
+        tensors = batch.to_model(trainer.encoder, photographs=trainer.config.photographs)
+        many, own = tensors["input_ids"].shape
+        pad = (0, length - own)
+        row, at = tensors["predicts"] // own, tensors["predicts"] % own
+        place = torch.arange(len(row), device=device) - torch.searchsorted(row, row)  # of the token in its prompt
+        where = torch.zeros(many, ANSWER_TOKENS, dtype=torch.int64, device=device)
+        goals = torch.full_like(where, IGNORED)
+        first = torch.zeros_like(where, dtype=torch.bool)
+        where[row, place], goals[row, place] = at, tensors["targets"]
+        first[row, place] = torch.cat([place.new_ones(1), tensors["turn"].diff()]) > 0
+        parts.append([
+            torch.nn.functional.pad(tensors["input_ids"], pad),
+            torch.nn.functional.pad(tensors["mm_token_type_ids"], pad) > 0,
+            torch.nn.functional.pad(shown(trainer.model, tensors), (0, 0, *pad)),
+            torch.nn.functional.pad(tensors["position_ids"], pad).transpose(0, 1),
+            where, goals, first, torch.full((many,), tasks.index(batch.task), device=device),
+        ])  # fmt: skip
+    ids, vision, seen, positions, where, goals, first, task = (
+        torch.cat(column)[order] for column in zip(*parts, strict=True)
+    )
+    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, task)
+
+
+class Update:
+    """One step on a part of a round; adds up by task [loss, answer tokens, right first tokens, first tokens]."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.model, self.master = trainer.model, trainer.master
+        self.sums = torch.zeros(len(trainer.config.tasks), 4, device=trainer.encoder.device)
+        self.norm = torch.zeros((), device=trainer.encoder.device)
+        self.replays: dict[tuple[int, ...], Callable[..., None]] = {}
+
+    def __call__(self, part: tuple[torch.Tensor, ...]) -> None:
+        if part[0].is_cuda and part[0].shape[1] <= GRAPHS_UP_TO:
+            shape = tuple(part[0].shape)
+            if shape not in self.replays:
+                self.replays[shape] = replay(self.run, part)
+            self.replays[shape](*part)
+        else:
+            self.run(*part)
+
+    def run(
+        self, ids: torch.Tensor, vision: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, where: torch.Tensor,
+        goals: torch.Tensor, first: torch.Tensor, task: torch.Tensor,
+    ) -> None:  # fmt: skip
+        words = self.model.get_input_embeddings().weight
+        # as a product: an embedding's backward pass sorts, and may wait for the device, which a graph can't
+        spelt = (ids[..., None] == torch.arange(len(words), device=ids.device)).to(words.dtype) @ words
+        embeds = torch.where(vision[..., None], seen, spelt)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        chosen = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = self.model.lm_head(chosen).float()
+        losses = cross_entropy(logits.flatten(0, 1), goals.flatten(), ignore_index=IGNORED, reduction="none")
+        asked = (goals != IGNORED).float()
+        (losses.sum() / asked.sum()).backward()  # type: ignore[no-untyped-call]
+        self.master.add_gradients()
+        self.norm.copy_(self.master.step())
+        with torch.no_grad():
+            right = ((logits.argmax(-1) == goals) & first).float().sum(1)
+            found = torch.stack([losses.view_as(asked).sum(1), asked.sum(1), right, first.float().sum(1)], 1)
+            self.sums.index_add_(0, task, found)
+
+
+def replay(run: Callable[..., None], example: tuple[torch.Tensor, ...]) -> Callable[..., None]:
+    """A CUDA graph of `run` on inputs shaped like `example`, which is run on as it is made."""
+    held = tuple(x.clone() for x in example)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(*held)
+
+    def again(*given: torch.Tensor) -> None:
+        for mine, theirs in zip(held, given, strict=True):
+            mine.copy_(theirs)
+        graph.replay()
+
+    return again
+
+
+def train(trainer: Trainer, stage_name: str, end: float) -> None:
+    """Train until `end` (time.monotonic), saving every minute."""
+    from benchmarks.tiny_model.train import rate
+
+    last = saved = time.monotonic()
+    config, stage, progress = trainer.config, trainer.config.stages[stage_name], trainer.progress
+    update, rounds = Update(trainer), endless(Rounds(config, stage), config.workers, progress.micro)
+    waiting: list[tuple[int, torch.Tensor]] = []
+    bar = tqdm(desc=stage_name, unit="step", initial=progress.step, mininterval=5)
+    while time.monotonic() < end:
+        batches = next(rounds)
+        length, rows = batches[0].length, sum(batch.tensors["input_ids"].shape[0] for batch in batches)
+        held = encode(trainer, batches, torch.randperm(rows).to(trainer.encoder.device))
+        many = max(1, stage.micro_tokens // length)
+        for start in range(0, rows, many):
+            trainer.master.set_rate(rate(stage, progress))
+            update(held.step(start, many))
+            progress.step += 1
+            progress.stage_step += 1
+            progress.tokens += many * length
+        progress.micro += 1
+        waiting.append((length, update.sums.clone()))
+        update.sums.zero_()
+        if len(waiting) == FLUSH_ROUNDS:
+            report(trainer, stage_name, waiting, update.norm, rate(stage, progress), bar)
+            waiting = []
+        now = time.monotonic()
+        progress.spend(now - last)
+        last = now
+        if now - saved > SAVE_S:
+            trainer.save()
+            saved = now
+    report(trainer, stage_name, waiting, update.norm, rate(stage, progress), bar)
+    bar.close()
+
+
+def report(
+    trainer: Trainer, stage: str, waiting: list[tuple[int, torch.Tensor]], norm: torch.Tensor, lr: float, bar: Any
+) -> None:
+    """Log what the rounds gave, by length and task; waits for the device."""
+    progress, tasks = trainer.progress, list(trainer.config.tasks)
+    if not waiting:
+        return
+    total = torch.stack([sums for _, sums in waiting]).cpu()
+    for (length, _), sums in zip(waiting, total, strict=True):
+        for task, (loss, tokens, right, answers) in zip(tasks, sums.tolist(), strict=True):
+            if answers:
+                checkpoint.log(
+                    trainer.folder, step=progress.step, stage=stage, seconds=round(progress.seconds, 2),
+                    tokens=progress.tokens, lr=lr, norm=norm.item(), task=task, length=length, loss=loss / tokens,
+                    exact=right / answers,
+                )  # fmt: skip
+    loss, tokens, right, answers = total.sum((0, 1)).tolist()
+    speed = f"{progress.tokens / max(progress.seconds, 1e-9) / 1e3:.0f}K tokens/s"
+    bar.set_postfix_str(f"loss {loss / tokens:.3f} first {right / answers:.3f} lr {lr:.1e} {speed}")
+    bar.update(progress.step - bar.n)
