@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_sglang.config import SparseConfig
+from mm_sglang.report_maps import pictures
 from mm_sglang.search.candidates import FAMILIES
 
 # One colour a family, kin near each other: slashes blue, grids red to yellow.
@@ -28,6 +29,8 @@ table.plain { border-collapse: collapse; margin-top: 1em; }
 table.plain td, table.plain th { padding: .2em 1em .2em 0; text-align: right; border-bottom: 1px solid #ddd; }
 table.plain td:first-child, table.plain th:first-child { text-align: left; }
 .scroll { overflow-x: auto; }
+figure { display: inline-block; margin: 0 1.5em 1em 0; }
+figcaption { font-size: 12px; color: #666; }
 """
 SHADES = {  # measure -> (title, what a darker cell means)
     "recall": ("Attention recall", "darker: less of the dense softmax attended"),
@@ -52,6 +55,7 @@ def report(config: Path, out: Path) -> None:
         raise ValueError(f"{config}: unknown family {sorted(unknown)[0]!r}: needs one of {tuple(FAMILIES)}")
     body = [f"<h1>{html.escape(str(told.get('model', config.stem)))}</h1>", _summary(told, layers), _families(layers)]
     body += [_shaded(layers, measure) for measure in SHADES]
+    body.append(pictures(config, layers))
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.name)}</title>'
         f"<style>{STYLE}</style><body>{''.join(body)}</body></html>"

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mm_sglang.cli import main
+from mm_sglang.kernels.engines import engine
+from mm_sglang.kernels.layout import VIDEO, TokenLayout, VisionItem
+from mm_sglang.kernels.patterns import head_pattern
+from mm_sglang.search.maps import CELLS, layer_curve, layer_maps, write_maps
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -31,7 +36,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.titles += [value for name, value in attrs if name == "title" and value]
         self.links += [value for name, value in attrs if name in ("src", "href") and value]
-        if tag not in ("meta",):
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -62,3 +67,35 @@ def test_what_no_search_wrote_is_refused(
     config = write(tmp_path / "x.yaml", **changes)
     assert main(["report", str(config)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+def test_maps_show_attention_and_the_tiles_over_it(tmp_path: Path) -> None:
+    tokens, heads = 1024, 2
+    q, k, v = (torch.randn(tokens, n, 64, generator=torch.Generator().manual_seed(n)) for n in (heads, 1, 1))
+    k[300] *= 0.0
+    k[300] += q[:, 0].mean(0) * 200  # head 0's queries look at position 300 where they can
+    layout = TokenLayout(
+        items=(VisionItem(modality=VIDEO, frames=8, rows=8, cols=8, spans=((100, 612),)),), length=tokens
+    )
+    grid = {"pattern": "grid", "lines": 1, "stride": "frame", "horizontal": False, "text": False}
+    patterns = [head_pattern(grid | {"sink": 128, "local": 128}), head_pattern({"pattern": "dense"})]
+    maps = layer_maps(q, k, layout, patterns, 0.125, engine("reference"))
+    assert maps.shape == (heads, 4, CELLS, CELLS)
+    lower = torch.ones(CELLS, CELLS).tril(-8).bool().numpy()
+    assert (maps[1, 1][lower] == 255).all() and (
+        maps[1, 1][~lower.T & ~lower] >= 0
+    ).all()  # dense: all under the diagonal
+    assert maps[1, 1][0, -1] == 0 and maps[1, 0][0, -1] == 0  # nobody looks ahead
+    density = maps[0, 1][lower].mean() / 255
+    assert 0.05 < density < 0.9 and maps[0, 3].mean() > 0
+    share = 10.0 ** ((maps[1, 0].astype(float) / 255 - 1) * 4)
+    assert abs(share[-1].sum() - 1) < 0.1  # a row's shares, as far as a byte of logarithm tells
+    curve = layer_curve(q, k, v, layout, patterns, 0.125, engine("reference"))
+    assert [p[0] for p in curve] == sorted(p[0] for p in curve) and curve[-1][1] >= curve[0][1]
+
+    config = write(tmp_path / "x.yaml")
+    write_maps(config, {0: maps, 1: maps}, [curve, curve], layout)
+    assert main(["report", str(config)]) == 0
+    page = Page((tmp_path / "x.html").read_text())
+    images = [link for link in page.links if link.startswith("data:image/png;base64,")]
+    assert len(images) == len(page.links) == 2 * 3  # both grid heads of extremes and the only 2d one, before and after

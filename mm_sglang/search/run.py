@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mm_sglang.choice import choose_engine
+from mm_sglang.config import SparseConfig
 from mm_sglang.kernels.attend.reference import dense_rows
 from mm_sglang.kernels.inspection import recall
 from mm_sglang.kernels.layout import TokenLayout
@@ -26,6 +27,7 @@ from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.model_hash import model_hash
 from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
+from mm_sglang.search.maps import layer_curve, layer_maps, write_maps
 from mm_sglang.settings_file import settings_of, write_settings, write_whole
 
 ROWS = 64  # queries at which outputs are compared, spread over the prompt
@@ -131,7 +133,26 @@ def search_prompts(
         write_settings(path, choose(own, held.heads, target, {**told, "families": list(some)}))
     write_settings(out, content)
     scores.path.unlink()
+    _look_again(held, next(iter(prompts.values())), out, engine)
     return content
+
+
+def _look_again(held: Captured, make: Prompt, out: Path, engine: Any) -> None:
+    """Maps and curve of what was chosen, on the first prompt, for the report."""
+    config, maps, curves = SparseConfig.from_yaml(out), {}, []
+    inputs, layout = make()
+    with tqdm(total=held.layers, desc="maps for the report", unit="layer") as progress:
+
+        def look(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+            q, k, v = (x.contiguous() for x in (q, k, v))
+            patterns = config.patterns(layer, held.heads)
+            if patterns is not None:
+                maps[layer] = layer_maps(q, k, layout, patterns, scale, engine)
+                curves.append(layer_curve(q, k, v, layout, patterns, scale, engine))
+            progress.update()
+
+        held.run(inputs, look)
+    write_maps(out, maps, curves, layout)
 
 
 def _check(target: float, families: Sequence[str]) -> None:
