@@ -84,14 +84,19 @@ def test_a_profile_sorts_kernels_into_stages_and_counts_idle_time_once(tmp_path:
     ]  # fmt: skip
     with gzip.open(tmp_path / "1-TP-0.trace.json.gz", "wt") as stream:
         json.dump({"traceEvents": events}, stream)
-    found = profile.read(tmp_path)
+    found = profile.read(tmp_path, 2)
     assert found["seconds"] == pytest.approx(1e-3) and found["idle"] == pytest.approx(50e-6)
+    assert found["exposed_exchange"] == 0 and len(found["ranks"]) == 1
+    assert [row[3] for row in found["timeline"]] == ["attention", "copies", "norm, rotary, activation"]
+    assert found["timeline"][0] == ("", 0.0, 0.3, "attention")
     assert found["launches"] == 5 and found["stages"] == pytest.approx(
         {"linear layers": 100e-6, "estimate": 100e-6, "attention": 300e-6, "copies": 10e-6,
          "norm, rotary, activation": 490e-6}
     )  # fmt: skip
+    events += [event(1000, 40, "ncclDevKernel_AllGather"), event(1020, 10, "_mass")]
+    assert profile.by_stage(events)["exposed_exchange"] == pytest.approx(30e-6)
     with pytest.raises(ValueError, match="no kernel"):
-        profile.by_stage([events[-1]])
+        profile.by_stage([event(0, 9, "cpu", "cpu_op")])
 
 
 def test_the_stages_know_every_kernel_of_ours() -> None:

@@ -116,7 +116,8 @@ class Contestant:
             self.engine.start_profile(output_dir=folder, activities=["GPU"], with_stack=False, record_shapes=False)
             seconds = self.seconds(prompt(tokens, 5))
             self.engine.stop_profile()
-            self.record["profile"] = {"tokens": tokens, "request_seconds": seconds, **profile.read(Path(folder))}
+            steps = self.spec["layers"] * -(-tokens // self.spec["chunk"])  # a layer of a chunk
+            self.record["profile"] = {"tokens": tokens, "request_seconds": seconds, **profile.read(Path(folder), steps)}
         print(f"{self.name}: profile\n" + "\n".join(profile.lines(self.record["profile"])), flush=True)
 
     def decode(self, tokens: int, new: int) -> None:

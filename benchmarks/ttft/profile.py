@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 # First match wins. The names of our kernels are those in kernels/; the rest are SGLang's, FlashInfer's and cuBLAS'.
+GATHER = "exchange between GPUs"
 STAGES: dict[str, str] = {
+    GATHER: r"nccl|all_?(gather|reduce)|cross_device|custom_ar",
     "estimate": r"^_(logits|row_stats|combine|mass|pool)\b",
     "select": r"^_(keys|narrow|search|keep|buckets|hulls|scores|choose)\b",
     "permute (copies of q, k, v)": r"^_(segment|count|place|gather_keys|move_queries)\b",
@@ -29,34 +31,64 @@ def stage_of(kernel: str) -> str:
 
 
 def by_stage(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds by stage, of nothing running, and the largest kernels, of a Chrome trace's GPU events."""
-    found = sorted(
-        (float(e["ts"]), float(e["dur"]), str(e["name"]))
-        for e in events
-        if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    )
+    """Of a Chrome trace's GPU events: seconds by stage, of nothing running, of nothing but an exchange, kernels."""
+    found = _kernels(events)
     if not found:
         raise ValueError("the trace holds no kernel")
     stages: dict[str, float] = {}
     kernels: dict[str, float] = {}
-    busy, until = 0.0, found[0][0]
-    for start, length, name in found:
+    for _, length, name, _ in found:
         stages[stage_of(name)] = stages.get(stage_of(name), 0.0) + length / 1e6
         kernels[name[:120]] = kernels.get(name[:120], 0.0) + length / 1e6
-        busy += max(0.0, start + length - max(start, until))
-        until = max(until, start + length)
+    first, last = found[0][0], max(start + length for start, length, _, _ in found)
+    busy = _covered(found)
+    alone = busy - _covered([kernel for kernel in found if stage_of(kernel[2]) != GATHER])
     largest = sorted(kernels.items(), key=lambda kernel: -kernel[1])[:40]
     return {
-        "seconds": (until - found[0][0]) / 1e6, "idle": (until - found[0][0] - busy) / 1e6, "launches": len(found),
-        "stages": dict(sorted(stages.items(), key=lambda stage: -stage[1])), "largest": dict(largest),
+        "seconds": (last - first) / 1e6, "idle": (last - first - busy) / 1e6, "exposed_exchange": alone / 1e6,
+        "launches": len(found), "stages": dict(sorted(stages.items(), key=lambda stage: -stage[1])),
+        "largest": dict(largest),
     }  # fmt: skip
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """`by_stage` of the one trace that SGLang's profiler wrote into the folder."""
-    (path,) = folder.rglob("*.trace.json.gz")
-    with gzip.open(path, "rt") as stream:
-        return by_stage(json.load(stream)["traceEvents"])
+def _kernels(events: list[dict[str, Any]]) -> list[tuple[float, float, str, str]]:
+    """(start, length, name, stream) in microseconds, in order."""
+    return sorted(
+        (float(e["ts"]), float(e["dur"]), str(e["name"]), str(e.get("tid", "")))
+        for e in events
+        if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
+
+
+def _covered(kernels: list[tuple[float, float, str, str]]) -> float:
+    """Microseconds in which at least one of them runs."""
+    total, until = 0.0, float("-inf")
+    for start, length, _, _ in kernels:
+        total += max(0.0, start + length - max(start, until))
+        until = max(until, start + length)
+    return total
+
+
+def timeline(events: list[dict[str, Any]], seconds: float) -> list[tuple[str, float, float, str]]:
+    """(stream, start in ms, length in ms, stage) of the kernels of some time in the middle of a trace."""
+    found = _kernels(events)
+    begin = found[len(found) // 2][0]
+    return [
+        (stream, (start - begin) / 1e3, length / 1e3, stage_of(name))
+        for start, length, name, stream in found if begin <= start < begin + seconds * 1e6
+    ]  # fmt: skip
+
+
+def read(folder: Path, steps: int) -> dict[str, Any]:
+    """`by_stage` of the folder's first trace, all ranks' stages, and a `steps`-th of the first as a timeline."""
+    ranks = []
+    for path in sorted(folder.rglob("*.trace.json.gz")):
+        with gzip.open(path, "rt") as stream:
+            events = json.load(stream)["traceEvents"]
+        ranks.append(by_stage(events))
+        if len(ranks) == 1:
+            shown = timeline(events, ranks[0]["seconds"] / steps)
+    return ranks[0] | {"ranks": [{k: r[k] for k in ("seconds", "idle", "stages")} for r in ranks], "timeline": shown}
 
 
 def lines(profile: dict[str, Any]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Time to first token over several GPUs: context parallelism, and stock tensor parallelism."""

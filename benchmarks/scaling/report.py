@@ -1,0 +1,75 @@
+"""The table and the picture of a scaling record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernels.cases import K
+
+
+def table(record: dict[str, Any]) -> str:
+    """Seconds by length, how far N GPUs are from N times one, and where the time of the longest goes."""
+    lines = [f"{record['about']['gpu']}, commit {record['about']['commit']}, {record['layers']} layers"]
+    lines.append(
+        f"{'GPUs':>4}  {'who':10} {'tokens':>8} {'TTFT s':>9} {'efficiency':>10} {'over stock':>10} {'peak GB':>8}"
+    )
+    seconds = {(r["gpus"], r["name"], t["tokens"]): t["seconds"] for r in record["runs"] for t in r["ttft"]}
+    for run in sorted(record["runs"], key=lambda r: (r["name"], r["gpus"])):
+        for t in run["ttft"]:
+            one = seconds.get((1, run["name"], t["tokens"]))
+            stock = seconds.get((run["gpus"], "stock", t["tokens"]))
+            share = f"{one / t['seconds'] / run['gpus']:10.2f}" if one else f"{'-':>10}"
+            ratio = f"{stock / t['seconds']:9.2f}x" if stock and run["name"] != "stock" else f"{'-':>10}"
+            lines.append(
+                f"{run['gpus']:4}  {run['name']:10} {t['tokens'] // K:7}K {t['seconds']:9.3f} {share} {ratio} "
+                f"{t['peak_gb']:8.1f}"
+            )
+        for key in ("left_out", "error"):
+            if run.get(key):
+                lines.append(f"      {run['name']}: {key}: {run[key]}")
+    for run in record["runs"]:
+        if "profile" in run:
+            lines += ["", f"{run['gpus']} GPUs, {run['profile']['tokens'] // K}K: seconds of the slowest rank, balance"]
+            lines += [f"    {name:32} {most:8.3f} {balance:6.3f}" for name, most, balance in balances(run["profile"])]
+            lines.append(f"    {'exchange that nothing hides':32} {run['profile']['exposed_exchange']:8.3f}")
+    return "\n".join(lines)
+
+
+def balances(profile: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(stage, seconds of the slowest rank, slowest over mean), largest first."""
+    out = []
+    for stage in profile["stages"]:
+        own = [rank["stages"].get(stage, 0.0) for rank in profile["ranks"]]
+        out.append((stage, max(own), max(own) / (sum(own) / len(own)) if sum(own) else 1.0))
+    return out
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """A layer of a chunk in the middle of the longest prefill, for the most GPUs: what runs when, by stream."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    profiled = [run for run in record["runs"] if run.get("profile", {}).get("timeline")]
+    if not profiled:
+        return
+    run = max(profiled, key=lambda r: r["gpus"])
+    rows = run["profile"]["timeline"]
+    streams, stages = sorted({row[0] for row in rows}), sorted({row[3] for row in rows})
+    figure, axis = pyplot.subplots(figsize=(13, 1.2 + 0.7 * len(streams)))
+    colours = pyplot.get_cmap("tab20")
+    for number, stage in enumerate(stages):
+        for stream in streams:
+            bars = [(start, length) for on, start, length, what in rows if (on, what) == (stream, stage)]
+            axis.broken_barh(bars, (streams.index(stream) - 0.4, 0.8), color=colours(number), label=stage)
+    labels = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(labels.values(), labels.keys(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    axis.set(
+        yticks=range(len(streams)), yticklabels=[f"stream {stream}" for stream in streams], xlabel="milliseconds",
+        title=f"rank 0 of {run['gpus']}: about one layer of one chunk, {run['profile']['tokens'] // K}K tokens",
+    )  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
