@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.layers.cp.utils import is_cp_active
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_observability, get_parallel
@@ -21,8 +22,11 @@ from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
 from mm_sglang.choice import check_engine, choose_engine
 from mm_sglang.config import SparseConfig
+from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
+from mm_sglang.context_parallel.start import start_ranks
 from mm_sglang.dense import DenseSide
 from mm_sglang.kernels.layout import TokenLayout, upload
+from mm_sglang.kernels.patterns import Auto, Dense
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
 from mm_sglang.long_video import encoded_again
@@ -30,7 +34,7 @@ from mm_sglang.metrics import Metrics
 from mm_sglang.model_hash import require_same_model
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
-from mm_sglang.watch import Done, Watch
+from mm_sglang.watch import Done, Recipes, Watch
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -57,14 +61,15 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             (runner.sliding_window_size, "sliding-window attention"),
             (runner.use_mla_backend, "multi-head latent attention"),
             (not runner.spec_algorithm.is_none(), "speculative decoding"),
-            (get_parallel().attn_cp_size > 1, "context parallelism"),
             (runner.kv_cache_dtype != runner.dtype, f"a KV cache of {runner.kv_cache_dtype} for {runner.dtype}"),
         ):
             if unfit:
                 raise ValueError(f"mm_sparse does not serve {what}: needs a launch without it")
 
+        self.ranks = start_ranks(runner, self.config)
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         mine = local_heads(heads, rank, size)
+        rank = get_parallel().tp_rank
         recipes = [self.config.patterns(layer, heads) for layer in range(layers)]
         metrics = Metrics(on=bool(get_observability().enable_metrics) and rank == 0)
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
@@ -79,6 +84,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.chunks: list[SparseChunk] = []
+        self.shared: SharedBatch | None = None
         self.whole_plan: Any = None
         self.dense_rows: torch.Tensor | None = None
         self.dense_batch: ForwardBatch | None = None
@@ -96,30 +102,43 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Split the batch into sparse chunks and the rest. The only place where mm_inputs can still be read."""
-        self.whole_plan = self.dense.plan(forward_batch)
-        self.chunks, self.dense_rows, self.dense_batch = [], None, None
+        shared = self.ranks is not None and is_cp_active(forward_batch)
+        self.whole_plan = None if shared else self.dense.plan(forward_batch)
+        self.chunks, self.shared, self.dense_rows, self.dense_batch = [], None, None, None
         if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
             return
         rest, rest_rows, start = [], [], 0
         reasons: list[tuple[str, int]] = []
         for request, (length, keys) in enumerate(host_lengths(forward_batch)):
             end = start + length
-            layout = self._layout_or_reason(forward_batch, request, length, keys)
-            if isinstance(layout, TokenLayout):
-                rid = forward_batch.rids[request] if forward_batch.rids else str(request)
-                self._warn_of_vision_cache(layout, length)
-                slots = self._slots(forward_batch, request, keys)
-                self.chunks.append(
-                    SparseChunk(request=request, rid=rid, start=start, end=end, layout=layout, slots=slots)
-                )
+            found, layout = self._layout_or_reason(forward_batch, request, length, keys), None
+            if isinstance(found, TokenLayout):
+                self._warn_of_vision_cache(found, length)
+                layout = found
             else:
-                self._say_once(*layout)
-                reasons.append((layout[0], length))
+                self._say_once(*found)
+                reasons.append((found[0], length))
+                if shared:  # a dense backend would need all rows on this rank
+                    layout = TokenLayout(items=(), length=keys, device=self.device)
+            if layout is None:
                 rest.append(request)
                 rest_rows.append(torch.arange(start, end))
+            else:
+                rid = forward_batch.rids[request] if forward_batch.rids else str(request)
+                slots = self._slots(forward_batch, request, keys)
+                self.chunks.append(
+                    SparseChunk(
+                        request=request, rid=rid, start=start, end=end, layout=layout, slots=slots,
+                        dense=layout is not found,
+                    )
+                )  # fmt: skip
             start = end
-        self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks])
-        if self.chunks and rest:
+        self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks if not chunk.dense])
+        if self.ranks is not None and shared:
+            self.shared = SharedBatch.of(
+                self.ranks, forward_batch.attn_cp_metadata, self.chunks, forward_batch.out_cache_loc
+            )
+        elif self.chunks and rest:
             self.dense_rows = upload(torch.cat(rest_rows), self.device)
             self.dense_batch = part_of_batch(forward_batch, rest, self.dense_rows)
             self.dense_plan = self.dense.plan(self.dense_batch)
@@ -164,6 +183,8 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
     ) -> torch.Tensor:  # fmt: skip
         """[tokens, heads * head_dim] of the whole batch; writes K and V into the pool first."""
         recipes = self.watch.recipes.now[layer.layer_id]
+        if self.shared is not None:
+            return self._shared_extend(self.shared, q, k, v, layer, recipes)
         if recipes is None or not self.chunks:
             return self.dense.extend(self.whole_plan, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if given := [name for name, value in kwargs.items() if value is not None]:
@@ -203,6 +224,37 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                     (chunk_q, *(x[chunk.slots] for x in (key_pool, value_pool)), attended),
                 )
         return out
+
+    def _shared_extend(
+        self, batch: SharedBatch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention,
+        recipes: Recipes | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """This rank's rows [W, heads * head_dim] of a context-parallel batch; dense chunks and layers are ours too."""
+        key_pool, value_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        q, k, v = (x.view(len(x), -1, layer.head_dim) for x in (q, k, v))
+        finish_keys, finish_values = batch.keys(k, v, key_pool, value_pool)
+        dense: Recipes = (Dense(),) * layer.tp_q_head_num
+        wanted = [dense if recipes is None or chunk.dense else recipes for chunk in batch.chunks]
+        queries = batch.queries(q, wanted)
+        finish_keys()
+        out = torch.zeros_like(queries)
+        for number, (chunk, patterns) in enumerate(zip(batch.chunks, wanted, strict=True)):
+            if any(isinstance(pattern, Auto) for pattern in patterns):
+                finish_values()
+            rows = slice(chunk.start, chunk.end)
+            chosen = self.auto.recipes(
+                chunk.rid, layer.layer_id, patterns, queries[rows], key_pool, value_pool, slots=chunk.slots,
+                layout=chunk.layout, scale=layer.scaling, out=out[rows],
+            )  # fmt: skip
+            share = ChunkShare(batch=batch, chunk=number, start=chunk.start, out=out, values=finish_values)
+            with self.watch.timer(layer.layer_id) or nullcontext():
+                _, _, plan = sparse_prefill(
+                    queries[rows], key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=chosen,
+                    scale=layer.scaling, engine=self.engine, out=out[rows], share=share,
+                )  # fmt: skip
+            if self.tracer and patterns is not dense:
+                self.tracer.record(chunk.rid, layer.layer_id, chunk.layout, plan, ())
+        return batch.local(out).flatten(1)
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.dense.backend.forward_decode(*args, **kwargs)  # type: ignore[no-any-return]

@@ -1,0 +1,145 @@
+"""A prefill batch whose rows are spread over ranks: K and V of all of them everywhere, queries where they are owned.
+
+Every rank plans each chunk whole, from the same keys and the same sampled queries, and runs the query tiles that it
+owns; that makes plan and output independent of the number of ranks. Queries that a recipe gathers (a grid's whole rows,
+the rarer class of a q or 2d boundary) form tiles of rows of many owners: those tiles go round the ranks in turn and
+their output is gathered, which costs all queries of the layer and the output of those tiles, in bytes moved.
+
+Legend: N ranks, T rows of the batch, W rows of a rank filled up, H and Hkv heads, D head dimension, P rows of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mm_sglang.batches import SparseChunk
+from mm_sglang.context_parallel.collectives import Ranks
+from mm_sglang.context_parallel.strategy import Metadata
+from mm_sglang.kernels.layout import upload
+from mm_sglang.kernels.patterns import HeadPattern
+from mm_sglang.kernels.patterns.base import most_looked_at
+from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, device_ints
+from mm_sglang.kernels.share import some_tiles
+from mm_sglang.parallel.sharding import tail, turns
+
+
+@dataclass(kw_only=True, eq=False)
+class SharedBatch:
+    """What the layers of one batch have in common.
+
+    slots: int64 [N * W] row of the pool for each row of an all-gather; what fills up goes to 0, SGLang's dummy row.
+    """
+
+    ranks: Ranks
+    meta: Metadata
+    chunks: Sequence[SparseChunk]
+    slots: torch.Tensor
+    _fetches: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ranks: Ranks, meta: Metadata, chunks: Sequence[SparseChunk], out_cache_loc: torch.Tensor) -> SharedBatch:
+        rows = upload(meta.sharding.gathered(meta.width), out_cache_loc.device)
+        slots = torch.nn.functional.pad(out_cache_loc.long(), (0, 1)).index_select(0, rows)
+        return cls(ranks=ranks, meta=meta, chunks=chunks, slots=slots)
+
+    def keys(
+        self, k: torch.Tensor, v: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Starts to gather k and v [W, Hkv, D]; two calls that finish the key pool and the value pool [P, Hkv, D]."""
+        return _into(key_pool, self.slots, self.ranks.gather(k)), _into(value_pool, self.slots, self.ranks.gather(v))
+
+    def queries(self, q: torch.Tensor, recipes: Sequence[Sequence[HeadPattern]]) -> torch.Tensor:
+        """[T + 1, H, D]: this rank's queries [W, H, D] in place, and those of others that the recipes look at.
+
+        Args:
+            recipes: of each chunk. All other rows are 0.
+        """
+        total = self.meta.total_seq_lens
+        out = q.new_zeros(total + 1, *q.shape[1:])
+        out.index_copy_(0, self.meta.rows, q[: len(self.meta.rows)])
+        looked = [most_looked_at(r, c.layout) for r, c in zip(recipes, self.chunks, strict=True)]
+        lengths = self.meta.sharding.lengths
+        need = tuple(n if k is None else min(k, n) for k, n in zip(looked, lengths, strict=True))
+        if any(need):
+            send, place = self._fetch(need, q.device)
+            out.index_copy_(0, place, self.ranks.gather(q.index_select(0, send))())
+        return out
+
+    def _fetch(self, need: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of q that this rank sends, and where the gathered ones belong (T: nowhere); kept for all layers."""
+        if need not in self._fetches:
+            sharding = self.meta.sharding
+            wanted = tail(sharding.lengths, need)
+            width = max(int(wanted[sharding.rows(rank)].sum()) for rank in range(self.ranks.size))
+            send = torch.zeros(width, dtype=torch.int64)
+            own = torch.where(wanted[sharding.rows(self.ranks.rank)])[0]
+            send[: len(own)] = own
+            self._fetches[need] = upload(send, device), upload(sharding.gathered(width, wanted), device)
+        return self._fetches[need]
+
+    def local(self, out: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of [T + 1, H, D], filled up to [W, H, D] with what row T holds."""
+        own = out.index_select(0, self.meta.rows)
+        return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, self.meta.width - len(own)))
+
+
+def _into(pool: torch.Tensor, slots: torch.Tensor, wait: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    waiting = [wait]
+
+    def finish() -> None:
+        if waiting:
+            pool.index_copy_(0, slots, waiting.pop()())
+
+    return finish
+
+
+@dataclass(kw_only=True, eq=False)
+class ChunkShare:
+    """kernels.share.Share of one chunk of the batch.
+
+    Args:
+        chunk: its number; start: its first row; out: [T + 1, H, D] of the whole batch, whose last row is no query's.
+        values: finishes the value pool; only its first call does anything.
+    """
+
+    batch: SharedBatch
+    chunk: int
+    start: int
+    out: torch.Tensor
+    values: Callable[[], None]
+
+    def begin(self, group: HeadGroup) -> HeadGroup | None:
+        self.values()
+        ranks = self.batch.ranks
+        if group.q_order is not None:
+            return some_tiles(group, self._turn(group, ranks.rank))
+        tiles = self.batch.meta.sharding.tiles(self.chunk, ranks.rank)
+        if not tiles:
+            return None
+        at = device_ints(tiles, group.limits.device).long()
+        return some_tiles(group, at.expand(len(group.kv_head), -1))
+
+    def _turn(self, group: HeadGroup, rank: int) -> torch.Tensor:
+        at = device_ints(turns(group.query_tiles, rank, self.batch.ranks.size), group.limits.device).long()
+        return at.expand(len(group.kv_head), -1)
+
+    def end(self, group: HeadGroup, out: torch.Tensor) -> None:
+        """A group of gathered queries: every rank's tiles, into all ranks' outputs."""
+        if group.q_order is None:
+            return
+        device = group.limits.device
+        heads = torch.tensor(group.heads)  # [R, g]
+        real = upload(heads >= 0, device)[None, :, :, None]
+        heads = upload(heads.clamp(min=0), device)[None, :, :, None]
+        ranks, count, g = self.batch.ranks, len(group.kv_head), heads.shape[2]
+        order = group.q_order.view(count, -1, TILE)
+        at = torch.stack([self._turn(group, rank) for rank in range(ranks.size)])  # [N, R, n]
+        rows = order[None].expand(ranks.size, -1, -1, -1).gather(2, at[..., None].expand(-1, -1, -1, TILE)).flatten(2)
+        nowhere = len(self.out) - 1
+        place = torch.where(rows == PAD, nowhere, rows - group.prefix + self.start).long()[:, :, None]  # [N, R, 1, n * T]
+        place = torch.where(real, place.expand(-1, -1, g, -1), nowhere)
+        mine = self.out[place[ranks.rank], heads[0]]  # [R, g, n * T, D]
+        self.out[place, heads] = ranks.gather(mine)().view(ranks.size, *mine.shape)
