@@ -75,6 +75,8 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
         self.watch = Watch(self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda")
         self.auto = AutoHeads(self.engine, metrics)
+        if self.ranks is not None:
+            self.auto.agree = self.ranks.agree
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)
         self.model_configs = (model.hf_text_config, model.hf_config.vision_config)
         self.tracer = Tracer(self.config.trace, rank=rank, first_head=mine.start) if self.config.trace else None
@@ -135,8 +137,9 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             start = end
         self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks if not chunk.dense])
         if self.ranks is not None and shared:
+            meta = forward_batch.attn_cp_metadata
             self.shared = SharedBatch.of(
-                self.ranks, forward_batch.attn_cp_metadata, self.chunks, forward_batch.out_cache_loc
+                self.ranks, meta.sharding, meta.width, self.chunks, forward_batch.out_cache_loc
             )
         elif self.chunks and rest:
             self.dense_rows = upload(torch.cat(rest_rows), self.device)

@@ -1,7 +1,7 @@
 """Context parallelism: which rank owns which rows of a batch's chunks. Pure functions.
 
-A chunk is cut into blocks of TILE rows from its own start, the query tiles of a plan, so that a tile is one rank's whole
-and its result cannot depend on how many ranks there are. Every block has an owner; the rest follows.
+A chunk is cut into blocks of TILE rows from its own start, the query tiles of a plan: one rank has all of a tile, and
+its result cannot depend on how many ranks there are. Every block has an owner; the rest follows.
 
 Legend: N ranks, M blocks of a chunk, T rows of the batch, W rows of the fullest rank.
 """

@@ -1,8 +1,8 @@
 """The language model of Qwen2.5-VL and Qwen3-VL under context parallelism: whole weights on every rank.
 
 Why: SGLang's Qwen2 splits heads and MLP over --tp-size, which counts the context-parallel ranks too: each would attend
-    with a part of the heads to its part of the rows, and be wrong without an error. Qwen3 splits its attention right, but
-    gathers all rows for the MLP in every layer: 14 KB a token against the 2 KB of K and V that have to move.
+    with a part of the heads to its part of the rows, and be wrong without an error. Qwen3 splits its attention right,
+    but gathers all rows for the MLP in every layer: 14 KB a token beside the 2 KB of K and V that have to move.
 How: AROUND `Qwen2Model.__init__` (Qwen3's and Qwen3-VL's bodies derive from it): it is built under `get_parallel()
     .override` as if there were one rank, so that no layer's boundary communicates. The forward of that very model is
     wrapped the same way when the backend starts, because boundaries ask again at run time. Only with mm_sparse.
@@ -36,7 +36,7 @@ def _wanted() -> bool:
     from mm_sglang.plugin import BACKEND
 
     parallel = get_parallel()
-    return parallel.attn_cp_size > 1 and parallel.enable_prefill_cp and attention_backends()[0] == BACKEND
+    return bool(parallel.attn_cp_size > 1 and parallel.enable_prefill_cp and attention_backends()[0] == BACKEND)
 
 
 def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

@@ -2,9 +2,9 @@
 
 Why: on a context-parallel batch the runner does not call the model's forward but embeds `input_ids` itself, which hold
     hashes above the vocabulary where vision is, with plain positions and without deepstack.
-How: it asks the model for `prepare_cp_inputs` first, which only GLM has. These two get one, on the instance: SGLang's own
-    `prepare_mm_inputs` on the whole batch, as in their forward, before the runner shards rows and positions; Qwen3-VL's
-    deepstack rows are sharded here. Every rank runs the vision tower (SGLang's tensor parallelism inside it).
+How: it asks the model for `prepare_cp_inputs` first, which only GLM has. These two get one, on the instance: SGLang's
+    own `prepare_mm_inputs` on the whole batch, as in their forward, before the runner shards rows and positions;
+    Qwen3-VL's deepstack rows are sharded here. Every rank takes part in the vision tower as SGLang lays it out.
 Upstream: sglang/srt/model_executor/runner/eager_runner.py _execute_extend_cp; models/glm5_next.py prepare_cp_inputs;
     models/qwen2_5_vl.py, qwen3_vl.py forward.
 Versions: 0.5.23. Remove when both have the method.

@@ -17,33 +17,42 @@ import torch
 
 from mm_sglang.batches import SparseChunk
 from mm_sglang.context_parallel.collectives import Ranks
-from mm_sglang.context_parallel.strategy import Metadata
 from mm_sglang.kernels.layout import upload
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.patterns.base import most_looked_at
 from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, device_ints
 from mm_sglang.kernels.share import some_tiles
-from mm_sglang.parallel.sharding import tail, turns
+from mm_sglang.parallel.sharding import Sharding, tail, turns
 
 
 @dataclass(kw_only=True, eq=False)
 class SharedBatch:
     """What the layers of one batch have in common.
 
+    width: W.
+    rows: int64, the batch rows that this rank owns.
     slots: int64 [N * W] row of the pool for each row of an all-gather; what fills up goes to 0, SGLang's dummy row.
     """
 
     ranks: Ranks
-    meta: Metadata
+    sharding: Sharding
+    width: int
     chunks: Sequence[SparseChunk]
+    rows: torch.Tensor
     slots: torch.Tensor
     _fetches: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ranks: Ranks, meta: Metadata, chunks: Sequence[SparseChunk], out_cache_loc: torch.Tensor) -> SharedBatch:
-        rows = upload(meta.sharding.gathered(meta.width), out_cache_loc.device)
-        slots = torch.nn.functional.pad(out_cache_loc.long(), (0, 1)).index_select(0, rows)
-        return cls(ranks=ranks, meta=meta, chunks=chunks, slots=slots)
+    def of(
+        cls, ranks: Ranks, sharding: Sharding, width: int, chunks: Sequence[SparseChunk], out_cache_loc: torch.Tensor
+    ) -> SharedBatch:
+        """out_cache_loc: [T] row of the pool for each row of the batch."""
+        device = out_cache_loc.device
+        order = upload(sharding.gathered(width), device)
+        return cls(
+            ranks=ranks, sharding=sharding, width=width, chunks=chunks, rows=upload(sharding.rows(ranks.rank), device),
+            slots=torch.nn.functional.pad(out_cache_loc.long(), (0, 1)).index_select(0, order),
+        )  # fmt: skip
 
     def keys(
         self, k: torch.Tensor, v: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor
@@ -57,11 +66,10 @@ class SharedBatch:
         Args:
             recipes: of each chunk. All other rows are 0.
         """
-        total = self.meta.total_seq_lens
-        out = q.new_zeros(total + 1, *q.shape[1:])
-        out.index_copy_(0, self.meta.rows, q[: len(self.meta.rows)])
+        lengths = self.sharding.lengths
+        out = q.new_zeros(sum(lengths) + 1, *q.shape[1:])
+        out.index_copy_(0, self.rows, q[: len(self.rows)])
         looked = [most_looked_at(r, c.layout) for r, c in zip(recipes, self.chunks, strict=True)]
-        lengths = self.meta.sharding.lengths
         need = tuple(n if k is None else min(k, n) for k, n in zip(looked, lengths, strict=True))
         if any(need):
             send, place = self._fetch(need, q.device)
@@ -71,8 +79,7 @@ class SharedBatch:
     def _fetch(self, need: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of q that this rank sends, and where the gathered ones belong (T: nowhere); kept for all layers."""
         if need not in self._fetches:
-            sharding = self.meta.sharding
-            wanted = tail(sharding.lengths, need)
+            sharding, wanted = self.sharding, tail(self.sharding.lengths, need)
             width = max(int(wanted[sharding.rows(rank)].sum()) for rank in range(self.ranks.size))
             send = torch.zeros(width, dtype=torch.int64)
             own = torch.where(wanted[sharding.rows(self.ranks.rank)])[0]
@@ -82,8 +89,8 @@ class SharedBatch:
 
     def local(self, out: torch.Tensor) -> torch.Tensor:
         """This rank's rows of [T + 1, H, D], filled up to [W, H, D] with what row T holds."""
-        own = out.index_select(0, self.meta.rows)
-        return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, self.meta.width - len(own)))
+        own = out.index_select(0, self.rows)
+        return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, self.width - len(own)))
 
 
 def _into(pool: torch.Tensor, slots: torch.Tensor, wait: Callable[[], torch.Tensor]) -> Callable[[], None]:
@@ -116,7 +123,7 @@ class ChunkShare:
         ranks = self.batch.ranks
         if group.q_order is not None:
             return some_tiles(group, self._turn(group, ranks.rank))
-        tiles = self.batch.meta.sharding.tiles(self.chunk, ranks.rank)
+        tiles = self.batch.sharding.tiles(self.chunk, ranks.rank)
         if not tiles:
             return None
         at = device_ints(tiles, group.limits.device).long()
@@ -139,7 +146,9 @@ class ChunkShare:
         at = torch.stack([self._turn(group, rank) for rank in range(ranks.size)])  # [N, R, n]
         rows = order[None].expand(ranks.size, -1, -1, -1).gather(2, at[..., None].expand(-1, -1, -1, TILE)).flatten(2)
         nowhere = len(self.out) - 1
-        place = torch.where(rows == PAD, nowhere, rows - group.prefix + self.start).long()[:, :, None]  # [N, R, 1, n * T]
+        place = torch.where(rows == PAD, nowhere, rows - group.prefix + self.start).long()[
+            :, :, None
+        ]  # [N, R, 1, n * T]
         place = torch.where(real, place.expand(-1, -1, g, -1), nowhere)
         mine = self.out[place[ranks.rank], heads[0]]  # [R, g, n * T, D]
         self.out[place, heads] = ranks.gather(mine)().view(ranks.size, *mine.shape)

@@ -33,7 +33,7 @@ class Ranks:
         [N * rows, ...] in the order of ranks."""
         part = part.contiguous()
         out = torch.empty((self.size * len(part), *part.shape[1:]), dtype=part.dtype, device=part.device)
-        work = dist.all_gather_into_tensor(out, part, group=self.group, async_op=True)
+        work = dist.all_gather_single(out, part, group=self.group, async_op=True)
 
         def wait() -> torch.Tensor:
             work.wait()

@@ -68,7 +68,7 @@ class BlockStrategy(ContextParallelStrategy):  # type: ignore[misc]
         blocks = sum(blocks_of(int(n)) for n in lengths)
         if blocks < self.cp_size:
             _say_replicated(self.cp_size)
-        return blocks >= self.cp_size
+        return bool(blocks >= self.cp_size)
 
     def build_metadata(
         self, num_tokens: int, seqs_len: list[int] | None, extend_seqs_len: list[int] | None = None
