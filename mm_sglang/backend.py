@@ -7,6 +7,7 @@ A wrapped dense backend does decode, short prompts and whole dense layers; a den
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.start import start_ranks
 from mm_sglang.dense import DenseSide
 from mm_sglang.kernels.layout import TokenLayout, upload
-from mm_sglang.kernels.patterns import Auto, Dense
+from mm_sglang.kernels.patterns import Auto, Dense, HeadPattern
 from mm_sglang.kernels.prefill import sparse_prefill
+from mm_sglang.kernels.share import Share
 from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
 from mm_sglang.long_video import encoded_again
 from mm_sglang.metrics import Metrics
@@ -201,31 +203,10 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             out[rows] = self.dense.extend(
                 self.dense_plan, q[rows], None, None, layer, self.dense_batch, save_kv_cache=False
             )
-        heads = (layer.tp_q_head_num, layer.head_dim)
+        heads, pools = (layer.tp_q_head_num, layer.head_dim), (key_pool, value_pool)
         for chunk in self.chunks:
-            chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
-            chunk_out = out[chunk.start : chunk.end].view(-1, *heads)
-            chosen = self.auto.recipes(
-                chunk.rid, layer.layer_id, recipes, chunk_q, key_pool, value_pool, slots=chunk.slots,
-                layout=chunk.layout, scale=layer.scaling, out=chunk_out,
-            )  # fmt: skip
-            with self.watch.timer(layer.layer_id) or nullcontext():
-                attended, lse, plan = sparse_prefill(
-                    chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=chosen,
-                    scale=layer.scaling, engine=self.engine, out=chunk_out,
-                )  # fmt: skip
-            self.watch.after(
-                Done(layer=layer.layer_id, q=chunk_q, lse=lse, pool=key_pool, slots=chunk.slots, layout=chunk.layout,
-                     plan=plan, scale=layer.scaling)
-            )  # fmt: skip
-            if self.tracer:
-                self.tracer.record(
-                    chunk.rid,
-                    layer.layer_id,
-                    chunk.layout,
-                    plan,
-                    (chunk_q, *(x[chunk.slots] for x in (key_pool, value_pool)), attended),
-                )
+            chunk_q, chunk_out = (x[chunk.start : chunk.end].view(-1, *heads) for x in (q, out))
+            self._attend(chunk, layer, recipes, chunk_q, pools, chunk_out)
         return out
 
     def _shared_extend(
@@ -233,9 +214,9 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         recipes: Recipes | None,
     ) -> torch.Tensor:  # fmt: skip
         """This rank's rows [W, heads * head_dim] of a context-parallel batch; dense chunks and layers are ours too."""
-        key_pool, value_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        pools = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         q, k, v = (x.view(len(x), -1, layer.head_dim) for x in (q, k, v))
-        finish_keys, finish_values = batch.keys(k, v, key_pool, value_pool)
+        finish_keys, finish_values = batch.keys(k, v, *pools)
         dense: Recipes = (Dense(),) * layer.tp_q_head_num
         wanted = [dense if recipes is None or chunk.dense else recipes for chunk in batch.chunks]
         queries = batch.queries(q, wanted)
@@ -245,19 +226,33 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             if any(isinstance(pattern, Auto) for pattern in patterns):
                 finish_values()
             rows = slice(chunk.start, chunk.end)
-            chosen = self.auto.recipes(
-                chunk.rid, layer.layer_id, patterns, queries[rows], key_pool, value_pool, slots=chunk.slots,
-                layout=chunk.layout, scale=layer.scaling, out=out[rows],
-            )  # fmt: skip
             share = ChunkShare(batch=batch, chunk=number, start=chunk.start, out=out, values=finish_values)
-            with self.watch.timer(layer.layer_id) or nullcontext():
-                _, _, plan = sparse_prefill(
-                    queries[rows], key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=chosen,
-                    scale=layer.scaling, engine=self.engine, out=out[rows], share=share,
-                )  # fmt: skip
-            if self.tracer and patterns is not dense:
-                self.tracer.record(chunk.rid, layer.layer_id, chunk.layout, plan, ())
+            self._attend(chunk, layer, patterns, queries[rows], pools, out[rows], share, quiet=patterns is dense)
         return batch.local(out).flatten(1)
+
+    def _attend(
+        self, chunk: SparseChunk, layer: RadixAttention, recipes: Sequence[HeadPattern], q: torch.Tensor,
+        pools: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, share: Share | None = None, quiet: bool = False,
+    ) -> None:  # fmt: skip
+        """One chunk of one request, q and out [Nq, H, D]; quiet: dense, and not what metrics and traces are about."""
+        recipes = self.auto.recipes(
+            chunk.rid, layer.layer_id, recipes, q, *pools, slots=chunk.slots, layout=chunk.layout,
+            scale=layer.scaling, out=out,
+        )  # fmt: skip
+        with nullcontext() if quiet else self.watch.timer(layer.layer_id) or nullcontext():
+            attended, lse, plan = sparse_prefill(
+                q, *pools, slots=chunk.slots, layout=chunk.layout, patterns=recipes, scale=layer.scaling,
+                engine=self.engine, out=out, share=share,
+            )  # fmt: skip
+        if quiet:
+            return
+        self.watch.after(
+            Done(layer=layer.layer_id, q=q, lse=lse, pool=pools[0], slots=chunk.slots, layout=chunk.layout,
+                 plan=plan, scale=layer.scaling)
+        )  # fmt: skip
+        if self.tracer:
+            tensors = (q, *(pool[chunk.slots] for pool in pools), attended)
+            self.tracer.record(chunk.rid, layer.layer_id, chunk.layout, plan, tensors)
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.dense.backend.forward_decode(*args, **kwargs)  # type: ignore[no-any-return]

@@ -82,6 +82,7 @@ def server_command(
         raise ValueError(f"--attn-cp-size {spread} of --tp-size {ranks}: needs the same size, which counts all ranks")
     if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
         environment["SGLANG_PLATFORM"] = CPU_PLATFORM
+        _check_heads(model, spread)
         if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
@@ -122,6 +123,17 @@ def check_model_folder(model: str, settings: SparseConfig) -> None:
     text: Mapping[str, Any] = values.get("text_config", values)  # older Qwen2.5-VL folders keep them at the top
     settings.check_model(layers=text["num_hidden_layers"], heads=text["num_attention_heads"])
     require_same_model(settings, model)
+
+
+def _check_heads(model: str, size: int) -> None:
+    """On a CPU SGLang pads KV heads that --tp-size doesn't divide; weights of whole heads don't fit those."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return
+    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    heads = values.get("text_config", values)["num_key_value_heads"]
+    if heads % size:
+        raise ValueError(f"--context-parallel {size} on a CPU: needs a divisor of the model's {heads} KV heads")
 
 
 def thread_binding(ranks: int, cores: int) -> str:
