@@ -216,12 +216,13 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         """This rank's rows [W, heads * head_dim] of a context-parallel batch; dense chunks and layers are ours too."""
         pools = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         q, k, v = (x.view(len(x), -1, layer.head_dim) for x in (q, k, v))
-        finish_keys, finish_values = batch.keys(k, v, *pools)
         dense: Recipes = (Dense(),) * layer.tp_q_head_num
         wanted = [dense if recipes is None or chunk.dense else recipes for chunk in batch.chunks]
+        finish_keys = batch.start(k, pools[0])
         queries = batch.queries(q, wanted)
+        finish_values = batch.start(v, pools[1])  # on their way while the first group is estimated and planned
         finish_keys()
-        out = torch.zeros_like(queries)
+        out = torch.empty_like(queries)
         for number, (chunk, patterns) in enumerate(zip(batch.chunks, wanted, strict=True)):
             if any(isinstance(pattern, Auto) for pattern in patterns):
                 finish_values()

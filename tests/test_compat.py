@@ -158,5 +158,9 @@ def test_a_context_parallel_model_gets_its_vision_mrope_and_sharded_deepstack(mo
     assert kwargs["input_deepstack_embeds"].tolist() == [[2.0, 3.0], [6.0, 7.0]]
 
 
-def test_no_stream_without_an_accelerator() -> None:
-    assert cpu_current_stream._none() is None
+def test_no_stream_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.current_stream)  # put back afterwards
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    cpu_current_stream.install()
+    stream: object = torch.cuda.current_stream()
+    assert stream is None

@@ -20,7 +20,7 @@ from mm_sglang.context_parallel.collectives import Ranks
 from mm_sglang.kernels.layout import upload
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.patterns.base import most_looked_at
-from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, device_ints
+from mm_sglang.kernels.plan import TILE, HeadGroup, device_ints, head_numbers
 from mm_sglang.kernels.share import some_tiles
 from mm_sglang.parallel.sharding import Sharding, tail, turns
 
@@ -54,11 +54,15 @@ class SharedBatch:
             slots=torch.nn.functional.pad(out_cache_loc.long(), (0, 1)).index_select(0, order),
         )  # fmt: skip
 
-    def keys(
-        self, k: torch.Tensor, v: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Starts to gather k and v [W, Hkv, D]; two calls that finish the key pool and the value pool [P, Hkv, D]."""
-        return _into(key_pool, self.slots, self.ranks.gather(k)), _into(value_pool, self.slots, self.ranks.gather(v))
+    def start(self, x: torch.Tensor, pool: torch.Tensor) -> Callable[[], None]:
+        """Starts to gather keys or values [W, Hkv, D]; a call that finishes them in the pool [P, Hkv, D], once."""
+        waiting = [self.ranks.gather(x)]
+
+        def finish() -> None:
+            if waiting:
+                pool.index_copy_(0, self.slots, waiting.pop()())
+
+        return finish
 
     def queries(self, q: torch.Tensor, recipes: Sequence[Sequence[HeadPattern]]) -> torch.Tensor:
         """[T + 1, H, D]: this rank's queries [W, H, D] in place, and those of others that the recipes look at.
@@ -88,19 +92,9 @@ class SharedBatch:
         return self._fetches[need]
 
     def local(self, out: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of [T + 1, H, D], filled up to [W, H, D] with what row T holds."""
+        """This rank's rows of [T + 1, H, D], filled up with zeros to [W, H, D]."""
         own = out.index_select(0, self.rows)
         return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, self.width - len(own)))
-
-
-def _into(pool: torch.Tensor, slots: torch.Tensor, wait: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    waiting = [wait]
-
-    def finish() -> None:
-        if waiting:
-            pool.index_copy_(0, slots, waiting.pop()())
-
-    return finish
 
 
 @dataclass(kw_only=True, eq=False)
@@ -123,6 +117,7 @@ class ChunkShare:
         ranks = self.batch.ranks
         if group.q_order is not None:
             return some_tiles(group, self._turn(group, ranks.rank))
+        self._complete_scores(group)
         tiles = self.batch.sharding.tiles(self.chunk, ranks.rank)
         if not tiles:
             return None
@@ -133,22 +128,30 @@ class ChunkShare:
         at = device_ints(turns(group.query_tiles, rank, self.batch.ranks.size), group.limits.device).long()
         return at.expand(len(group.kv_head), -1)
 
+    def _complete_scores(self, group: HeadGroup) -> None:
+        """Pooled queries of others' tiles, so that the plan is the whole one here too, for metrics and traces."""
+        for pooled in (s.blocks.q for s in group.segments if s.blocks is not None):  # [G, Mq, E]
+            ranks, tiles = self.batch.ranks, pooled.shape[1]
+            own = [self.batch.sharding.tiles(self.chunk, rank) for rank in range(ranks.size)]
+            most = max(map(len, own))
+            place = device_ints(tuple(n for t in own for n in (*t, *[tiles] * (most - len(t)))), pooled.device)
+            mine = place.view(ranks.size, most)[ranks.rank].clamp(max=tiles - 1)
+            gathered = ranks.gather(pooled.index_select(1, mine).transpose(0, 1))()  # [N * most, G, E]
+            room = pooled.new_empty(tiles + 1, len(pooled), pooled.shape[2])
+            pooled.copy_(room.index_copy_(0, place.long(), gathered)[:-1].transpose(0, 1))
+
     def end(self, group: HeadGroup, out: torch.Tensor) -> None:
         """A group of gathered queries: every rank's tiles, into all ranks' outputs."""
         if group.q_order is None:
             return
-        device = group.limits.device
-        heads = torch.tensor(group.heads)  # [R, g]
-        real = upload(heads >= 0, device)[None, :, :, None]
-        heads = upload(heads.clamp(min=0), device)[None, :, :, None]
-        ranks, count, g = self.batch.ranks, len(group.kv_head), heads.shape[2]
-        order = group.q_order.view(count, -1, TILE)
+        ranks, count = self.batch.ranks, len(group.kv_head)
+        heads = head_numbers(group.heads, group.limits.device).long().view(count, -1, 1)  # [R, g, 1]
         at = torch.stack([self._turn(group, rank) for rank in range(ranks.size)])  # [N, R, n]
-        rows = order[None].expand(ranks.size, -1, -1, -1).gather(2, at[..., None].expand(-1, -1, -1, TILE)).flatten(2)
+        order = group.q_order.view(count, -1, TILE).expand(ranks.size, -1, -1, -1)
+        rows = order.gather(2, at[..., None].expand(-1, -1, -1, TILE)).flatten(2)[:, :, None]  # [N, R, 1, n * T]
+        rows = (rows.long() - group.prefix + self.start).expand(-1, -1, heads.shape[1], -1)
         nowhere = len(self.out) - 1
-        place = torch.where(rows == PAD, nowhere, rows - group.prefix + self.start).long()[
-            :, :, None
-        ]  # [N, R, 1, n * T]
-        place = torch.where(real, place.expand(-1, -1, g, -1), nowhere)
-        mine = self.out[place[ranks.rank], heads[0]]  # [R, g, n * T, D]
+        place = torch.where((rows < nowhere) & (heads >= 0), rows, nowhere)  # PAD lies above all rows
+        heads = heads.clamp(min=0)
+        mine = self.out[place[ranks.rank], heads]  # [R, g, n * T, D]
         self.out[place, heads] = ranks.gather(mine)().view(ranks.size, *mine.shape)

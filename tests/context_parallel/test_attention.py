@@ -16,13 +16,18 @@ from mm_sglang.batches import SparseChunk
 from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.collectives import Ranks
 from mm_sglang.kernels.engines import engine
+from mm_sglang.kernels.inspection import tiles_by_head
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern, head_pattern
+from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.parallel.sharding import KINDS, Sharding
 
 REFERENCE = engine("reference")
 HEAD_DIM, SCALE, KV_HEADS = 16, 0.7, 2
+
+
+Tiles = list[tuple[list[int], int]]  # of each chunk: tiles by head, causal tiles
 
 
 @dataclass(kw_only=True)
@@ -32,6 +37,7 @@ class Table:
     size: int
     parts: dict[int, torch.Tensor] = field(default_factory=dict)
     rows_moved: int = 0
+    plans: list[Tiles] = field(default_factory=list)  # of each rank
 
     def __post_init__(self) -> None:
         self.barrier = Barrier(self.size, timeout=60)
@@ -81,13 +87,16 @@ def prompts(shapes: list[tuple[int, int]], patterns: list[HeadPattern]) -> tuple
     return made, torch.cat(new)
 
 
-def alone(batch: list[Prompt]) -> torch.Tensor:
-    return torch.cat(
-        [
-            sparse_prefill(p.q, p.k, p.v, layout=p.chunk.layout, patterns=p.patterns, scale=SCALE, engine=REFERENCE)[0]
-            for p in batch
-        ]
-    )
+def alone(batch: list[Prompt]) -> tuple[torch.Tensor, Tiles]:
+    results = [
+        sparse_prefill(p.q, p.k, p.v, layout=p.chunk.layout, patterns=p.patterns, scale=SCALE, engine=REFERENCE)
+        for p in batch
+    ]
+    return torch.cat([out for out, _, _ in results]), [tiles(plan) for _, _, plan in results]
+
+
+def tiles(plan: Plan) -> tuple[list[int], int]:
+    return tiles_by_head(plan), plan.causal_tiles
 
 
 def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tuple[torch.Tensor, Table]:
@@ -97,7 +106,7 @@ def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tu
     pool = torch.full((int(max(p.chunk.slots.max() for p in batch)) + 1, KV_HEADS, HEAD_DIM), torch.nan)
     q = torch.cat([p.q for p in batch])
 
-    def run(rank: int) -> torch.Tensor:
+    def run(rank: int) -> tuple[torch.Tensor, Tiles]:
         ranks = Thread(rank=rank, size=size, group=None, cpu_group=None, table=table)
         keys, values = pool.clone(), pool.clone()
         for p in batch:
@@ -109,24 +118,28 @@ def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tu
             [p.k for p in batch], [p.v for p in batch]))  # fmt: skip
         shared = SharedBatch.of(ranks, sharding, width, [p.chunk for p in batch], new)
         local_q, k, v = (torch.nn.functional.pad(x, fill) for x in (q[own], k, v))
-        finish_keys, finish_values = shared.keys(k, v, keys, values)
+        finish_keys = shared.start(k, keys)
         queries = shared.queries(local_q, [p.patterns for p in batch])
+        finish_values = shared.start(v, values)
         finish_keys()
         out = torch.full_like(queries, torch.nan)
+        planned = []
         for number, p in enumerate(batch):
             rows = slice(p.chunk.start, p.chunk.end)
             share = ChunkShare(batch=shared, chunk=number, start=p.chunk.start, out=out, values=finish_values)
-            sparse_prefill(
+            _, _, plan = sparse_prefill(
                 queries[rows], keys, values, slots=p.chunk.slots, layout=p.chunk.layout, patterns=p.patterns,
                 scale=SCALE, engine=REFERENCE, out=out[rows], share=share,
             )  # fmt: skip
-        return shared.local(out)[: len(own)]
+            planned.append(tiles(plan))
+        return shared.local(out)[: len(own)], planned
 
     with ThreadPoolExecutor(size) as pool_of_threads:
         parts = list(pool_of_threads.map(run, range(size)))
     whole = torch.empty_like(q)
-    for rank, part in enumerate(parts):
+    for rank, (part, planned) in enumerate(parts):
         whole[sharding.rows(rank)] = part
+        table.plans.append(planned)
     return whole, table
 
 
@@ -139,8 +152,10 @@ def recipes(name: str) -> list[HeadPattern]:
 def test_bits_do_not_depend_on_the_number_of_ranks(name: str, size: int, kind: str) -> None:
     """Several prompts in a batch: a whole one, a chunk inside a video, a few tokens after a radix hit."""
     batch, new = prompts([(0, 611), (200, 411), (300, 7)], recipes(name))
-    got, _ = together(batch, new, size, kind)
-    assert torch.equal(got, alone(batch))
+    got, table = together(batch, new, size, kind)
+    want, plans = alone(batch)
+    assert torch.equal(got, want)
+    assert table.plans == [plans] * size  # so metrics and traces are those of one rank too
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,7 +164,7 @@ def test_mixed_heads_and_a_residual(kind: str) -> None:
     mixed: list[dict[str, Any]] = [RECIPES[name] | {"residual": name in ("block_topk", "q_grid")} for name in names]
     batch, new = prompts([(100, 500)], [head_pattern(recipe) for recipe in mixed])
     got, _ = together(batch, new, 3, kind)
-    assert torch.equal(got, alone(batch))
+    assert torch.equal(got, alone(batch)[0])
 
 
 def test_only_the_sampled_queries_travel_where_nothing_is_gathered() -> None:
@@ -159,6 +174,6 @@ def test_only_the_sampled_queries_travel_where_nothing_is_gathered() -> None:
         batch, new = prompts([(0, 1000)], recipes(name))
         rows[name] = together(batch, new, 2, "stripe")[1].rows_moved
     width = 512
-    assert rows["block_topk"] == 2 * width
+    assert rows["block_topk"] == 2 * width + 4  # and the means of its four blocks
     assert rows["vertical_slash"] == 2 * width + 17  # all in the last block, so one rank has them all
     assert rows["grid_frame"] > 3 * width
