@@ -106,7 +106,8 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Split the batch into sparse chunks and the rest. The only place where mm_inputs can still be read."""
-        shared = self.ranks is not None and is_cp_active(forward_batch)
+        meta = forward_batch.attn_cp_metadata if is_cp_active(forward_batch) else None  # none while graphs are captured
+        shared = self.ranks is not None and meta is not None
         self.whole_plan = None if shared else self.dense.plan(forward_batch)
         self.chunks, self.shared, self.dense_rows, self.dense_batch = [], None, None, None
         if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
@@ -138,8 +139,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 )  # fmt: skip
             start = end
         self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks if not chunk.dense])
-        if self.ranks is not None and shared:
-            meta = forward_batch.attn_cp_metadata
+        if self.ranks is not None and meta is not None:
             self.shared = SharedBatch.of(
                 self.ranks, meta.sharding, meta.width, self.chunks, forward_batch.out_cache_loc
             )

@@ -184,8 +184,9 @@ def _context_parallel(size: int, extra: Sequence[str]) -> list[str]:
             raise ValueError(f"--context-parallel {size} and {name}: needs one of them, it sets the other")
     if size == 1:
         return []
-    strategy = [] if _flag(extra, "--cp-strategy") else ["--cp-strategy", "interleave"]
-    return ["--tp-size", str(size), "--attn-cp-size", str(size), "--enable-prefill-cp", *strategy]
+    flags = {"--tp-size": str(size), "--attn-cp-size": str(size), "--enable-prefill-cp": None}
+    flags |= {"--cp-strategy": "interleave", "--cuda-graph-backend-prefill": "disabled"}  # captured, but never replayed
+    return [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
 
 
 def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

