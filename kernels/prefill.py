@@ -17,6 +17,7 @@ from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern
 from mm_sglang.kernels.plan import HeadGroup, Plan
+from mm_sglang.kernels.share import Share
 
 
 def make_plan(
@@ -56,6 +57,7 @@ def sparse_prefill(
     engine: Engine,
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    share: Share | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Plan]:
     """Plan and attend one chunk; nothing in it waits for the device.
 
@@ -68,9 +70,10 @@ def sparse_prefill(
         engine: from `kernels.engines.engine`.
         slots: int32 [Nk] row of k and v that holds each position (page tables of any page size, written out), or None.
         out: where to write, [Nq, H, D] in q's dtype, heads next to each other; None: new memory.
+        share: this rank's share of the plan; rows of out and lse that it neither ran nor got are undefined then.
 
     Returns:
-        out, lse [Nq, H] fp32 (natural logarithm), and the plan that was run.
+        out, lse [Nq, H] fp32 (natural logarithm), and the whole plan.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that don't fit each other or the engine; before any launch.
@@ -87,9 +90,13 @@ def sparse_prefill(
     lse = torch.empty(q.shape[1], len(q), device=q.device)
     groups = []
     for group in _groups(q, k, slots, layout, patterns, scale, engine.ops()):
-        engine.attend(q, k, v, slots, group, scale, out, lse)  # at once: the device works while the next is planned
-        if group.pattern.residual and not group.everything:
-            engine.ops().residual(q, k, v, slots, group, scale, out, lse)
+        part = group if share is None else share.begin(group)
+        if part is not None:
+            engine.attend(q, k, v, slots, part, scale, out, lse)  # at once: the device works while the next is planned
+            if part.pattern.residual and not part.everything:
+                engine.ops().residual(q, k, v, slots, part, scale, out, lse)
+        if share is not None:
+            share.end(group, out)
         groups.append(group)
     plan = Plan(prefix=layout.length - len(q), queries=len(q), heads=q.shape[1], groups=tuple(groups))
     return out, lse.T, plan

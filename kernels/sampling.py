@@ -5,15 +5,14 @@ Legend: R, g, G, S, T, Mq as in kernels/plan.py; n sampled tiles, H query heads,
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.base import HeadPattern
-from mm_sglang.kernels.plan import TILE, HeadGroup, Plan, Segment, device_ints, head_numbers
+from mm_sglang.kernels.plan import TILE, HeadGroup, Plan, device_ints, head_numbers
 from mm_sglang.kernels.prefill import make_plan
+from mm_sglang.kernels.share import some_tiles
 
 TILES = 8  # 1024 rows, under 1% of a chunk of 128K tokens
 
@@ -67,26 +66,11 @@ def sampled(group: HeadGroup, tiles: tuple[int, ...]) -> HeadGroup:
 
     A group that gathers its queries has those of one tile of the chunk in two of its own at most.
     """
-    device, at = group.limits.device, device_ints(tiles, group.limits.device).long()
-    count, g = len(group.kv_head), len(group.heads[0])
+    at, count = device_ints(tiles, group.limits.device).long(), len(group.kv_head)
     if group.q_order is None:
         at = at.expand(count, -1)
     else:
         first = (group.prefix + at * TILE).int().expand(count, -1).contiguous()
         begin = torch.searchsorted(group.q_order.contiguous(), first) // TILE
         at = torch.cat([begin, begin + 1], 1).clamp(max=group.query_tiles - 1)
-    order = group.q_positions().reshape(count, -1, TILE).gather(1, at[..., None].expand(-1, -1, TILE))
-    limits = group.limits.view(count, len(group.segments), -1, TILE)
-    limits = limits.gather(2, at[:, None, :, None].expand(-1, len(group.segments), -1, TILE))
-
-    def cut(segment: Segment) -> Segment:
-        blocks = segment.blocks
-        if blocks is None:
-            return segment
-        rows = at.repeat_interleave(g, 0)[..., None].expand(-1, -1, blocks.q.shape[2])
-        return replace(segment, blocks=replace(blocks, q=blocks.q.gather(1, rows).contiguous()))
-
-    return replace(
-        group, q_order=order.flatten(1).to(device), limits=limits.flatten(2).contiguous(),
-        segments=tuple(cut(s) for s in group.segments),
-    )  # fmt: skip
+    return some_tiles(group, at)

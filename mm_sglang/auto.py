@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -45,10 +46,14 @@ class _Held:
 
 @dataclass
 class AutoHeads:
-    """Turns `auto` among a layer's recipes into what its heads chose; each tensor-parallel rank decides for its own."""
+    """Turns `auto` among a layer's recipes into what its heads chose; each tensor-parallel rank decides for its own.
+
+    agree: makes one of what context-parallel ranks, which have the same heads, found; atomics may round differently.
+    """
 
     engine: Engine
     metrics: Metrics
+    agree: Callable[[Any], Any] = lambda found: found
     held: OrderedDict[str, dict[int, _Held]] = field(default_factory=OrderedDict)
     said: set[int] = field(default_factory=set)
 
@@ -75,6 +80,7 @@ class AutoHeads:
                 ).recipes
                 for auto in autos
             }  # fmt: skip
+            found = self.agree(found)
             held = layers[layer] = _Held(chosen=found, at=(prefix, keys), end=keys)
             self._tell(layer, [found[p][head] for head, p in enumerate(patterns) if isinstance(p, Auto)])
         held.end = keys

@@ -7,12 +7,14 @@ A wrapped dense backend does decode, short prompts and whole dense layers; a den
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.layers.cp.utils import is_cp_active
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_observability, get_parallel
@@ -21,16 +23,20 @@ from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
 from mm_sglang.choice import check_engine, choose_engine
 from mm_sglang.config import SparseConfig
+from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
+from mm_sglang.context_parallel.start import start_ranks
 from mm_sglang.dense import DenseSide
 from mm_sglang.kernels.layout import TokenLayout, upload
+from mm_sglang.kernels.patterns import Auto, Dense, HeadPattern
 from mm_sglang.kernels.prefill import sparse_prefill
+from mm_sglang.kernels.share import Share
 from mm_sglang.layout import assumed_video, layout_from_sglang, require_known_architecture
 from mm_sglang.long_video import encoded_again
 from mm_sglang.metrics import Metrics
 from mm_sglang.model_hash import require_same_model
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
-from mm_sglang.watch import Done, Watch
+from mm_sglang.watch import Done, Recipes, Watch
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -57,19 +63,22 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             (runner.sliding_window_size, "sliding-window attention"),
             (runner.use_mla_backend, "multi-head latent attention"),
             (not runner.spec_algorithm.is_none(), "speculative decoding"),
-            (get_parallel().attn_cp_size > 1, "context parallelism"),
             (runner.kv_cache_dtype != runner.dtype, f"a KV cache of {runner.kv_cache_dtype} for {runner.dtype}"),
         ):
             if unfit:
                 raise ValueError(f"mm_sparse does not serve {what}: needs a launch without it")
 
+        self.ranks = start_ranks(runner, self.config)
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         mine = local_heads(heads, rank, size)
+        rank = get_parallel().tp_rank
         recipes = [self.config.patterns(layer, heads) for layer in range(layers)]
         metrics = Metrics(on=bool(get_observability().enable_metrics) and rank == 0)
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
         self.watch = Watch(self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda")
         self.auto = AutoHeads(self.engine, metrics)
+        if self.ranks is not None:
+            self.auto.agree = self.ranks.agree
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)
         self.model_configs = (model.hf_text_config, model.hf_config.vision_config)
         self.tracer = Tracer(self.config.trace, rank=rank, first_head=mine.start) if self.config.trace else None
@@ -79,6 +88,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.chunks: list[SparseChunk] = []
+        self.shared: SharedBatch | None = None
         self.whole_plan: Any = None
         self.dense_rows: torch.Tensor | None = None
         self.dense_batch: ForwardBatch | None = None
@@ -96,30 +106,44 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Split the batch into sparse chunks and the rest. The only place where mm_inputs can still be read."""
-        self.whole_plan = self.dense.plan(forward_batch)
-        self.chunks, self.dense_rows, self.dense_batch = [], None, None
+        meta = forward_batch.attn_cp_metadata if is_cp_active(forward_batch) else None  # none while graphs are captured
+        shared = self.ranks is not None and meta is not None
+        self.whole_plan = None if shared else self.dense.plan(forward_batch)
+        self.chunks, self.shared, self.dense_rows, self.dense_batch = [], None, None, None
         if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
             return
         rest, rest_rows, start = [], [], 0
         reasons: list[tuple[str, int]] = []
         for request, (length, keys) in enumerate(host_lengths(forward_batch)):
             end = start + length
-            layout = self._layout_or_reason(forward_batch, request, length, keys)
-            if isinstance(layout, TokenLayout):
-                rid = forward_batch.rids[request] if forward_batch.rids else str(request)
-                self._warn_of_vision_cache(layout, length)
-                slots = self._slots(forward_batch, request, keys)
-                self.chunks.append(
-                    SparseChunk(request=request, rid=rid, start=start, end=end, layout=layout, slots=slots)
-                )
+            found, layout = self._layout_or_reason(forward_batch, request, length, keys), None
+            if isinstance(found, TokenLayout):
+                self._warn_of_vision_cache(found, length)
+                layout = found
             else:
-                self._say_once(*layout)
-                reasons.append((layout[0], length))
+                self._say_once(*found)
+                reasons.append((found[0], length))
+                if shared:  # a dense backend would need all rows on this rank
+                    layout = TokenLayout(items=(), length=keys, device=self.device)
+            if layout is None:
                 rest.append(request)
                 rest_rows.append(torch.arange(start, end))
+            else:
+                rid = forward_batch.rids[request] if forward_batch.rids else str(request)
+                slots = self._slots(forward_batch, request, keys)
+                self.chunks.append(
+                    SparseChunk(
+                        request=request, rid=rid, start=start, end=end, layout=layout, slots=slots,
+                        dense=layout is not found,
+                    )
+                )  # fmt: skip
             start = end
-        self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks])
-        if self.chunks and rest:
+        self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks if not chunk.dense])
+        if self.ranks is not None and meta is not None:
+            self.shared = SharedBatch.of(
+                self.ranks, meta.sharding, meta.width, self.chunks, forward_batch.out_cache_loc
+            )
+        elif self.chunks and rest:
             self.dense_rows = upload(torch.cat(rest_rows), self.device)
             self.dense_batch = part_of_batch(forward_batch, rest, self.dense_rows)
             self.dense_plan = self.dense.plan(self.dense_batch)
@@ -164,6 +188,8 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
     ) -> torch.Tensor:  # fmt: skip
         """[tokens, heads * head_dim] of the whole batch; writes K and V into the pool first."""
         recipes = self.watch.recipes.now[layer.layer_id]
+        if self.shared is not None:
+            return self._shared_extend(self.shared, q, k, v, layer, recipes)
         if recipes is None or not self.chunks:
             return self.dense.extend(self.whole_plan, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if given := [name for name, value in kwargs.items() if value is not None]:
@@ -177,32 +203,57 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             out[rows] = self.dense.extend(
                 self.dense_plan, q[rows], None, None, layer, self.dense_batch, save_kv_cache=False
             )
-        heads = (layer.tp_q_head_num, layer.head_dim)
+        heads, pools = (layer.tp_q_head_num, layer.head_dim), (key_pool, value_pool)
         for chunk in self.chunks:
-            chunk_q = q[chunk.start : chunk.end].view(-1, *heads)
-            chunk_out = out[chunk.start : chunk.end].view(-1, *heads)
-            chosen = self.auto.recipes(
-                chunk.rid, layer.layer_id, recipes, chunk_q, key_pool, value_pool, slots=chunk.slots,
-                layout=chunk.layout, scale=layer.scaling, out=chunk_out,
-            )  # fmt: skip
-            with self.watch.timer(layer.layer_id) or nullcontext():
-                attended, lse, plan = sparse_prefill(
-                    chunk_q, key_pool, value_pool, slots=chunk.slots, layout=chunk.layout, patterns=chosen,
-                    scale=layer.scaling, engine=self.engine, out=chunk_out,
-                )  # fmt: skip
-            self.watch.after(
-                Done(layer=layer.layer_id, q=chunk_q, lse=lse, pool=key_pool, slots=chunk.slots, layout=chunk.layout,
-                     plan=plan, scale=layer.scaling)
-            )  # fmt: skip
-            if self.tracer:
-                self.tracer.record(
-                    chunk.rid,
-                    layer.layer_id,
-                    chunk.layout,
-                    plan,
-                    (chunk_q, *(x[chunk.slots] for x in (key_pool, value_pool)), attended),
-                )
+            chunk_q, chunk_out = (x[chunk.start : chunk.end].view(-1, *heads) for x in (q, out))
+            self._attend(chunk, layer, recipes, chunk_q, pools, chunk_out)
         return out
+
+    def _shared_extend(
+        self, batch: SharedBatch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention,
+        recipes: Recipes | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """This rank's rows [W, heads * head_dim] of a context-parallel batch; dense chunks and layers are ours too."""
+        pools = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        q, k, v = (x.view(len(x), -1, layer.head_dim) for x in (q, k, v))
+        dense: Recipes = (Dense(),) * layer.tp_q_head_num
+        wanted = [dense if recipes is None or chunk.dense else recipes for chunk in batch.chunks]
+        finish_keys = batch.start(k, pools[0])
+        queries = batch.queries(q, wanted)
+        finish_values = batch.start(v, pools[1])  # on their way while the first group is estimated and planned
+        finish_keys()
+        out = torch.empty_like(queries)
+        for number, (chunk, patterns) in enumerate(zip(batch.chunks, wanted, strict=True)):
+            if any(isinstance(pattern, Auto) for pattern in patterns):
+                finish_values()
+            rows = slice(chunk.start, chunk.end)
+            share = ChunkShare(batch=batch, chunk=number, start=chunk.start, out=out, values=finish_values)
+            self._attend(chunk, layer, patterns, queries[rows], pools, out[rows], share, quiet=patterns is dense)
+        return batch.local(out).flatten(1)
+
+    def _attend(
+        self, chunk: SparseChunk, layer: RadixAttention, recipes: Sequence[HeadPattern], q: torch.Tensor,
+        pools: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, share: Share | None = None, quiet: bool = False,
+    ) -> None:  # fmt: skip
+        """One chunk of one request, q and out [Nq, H, D]; quiet: dense, and not what metrics and traces are about."""
+        recipes = self.auto.recipes(
+            chunk.rid, layer.layer_id, recipes, q, *pools, slots=chunk.slots, layout=chunk.layout,
+            scale=layer.scaling, out=out,
+        )  # fmt: skip
+        with nullcontext() if quiet else self.watch.timer(layer.layer_id) or nullcontext():
+            attended, lse, plan = sparse_prefill(
+                q, *pools, slots=chunk.slots, layout=chunk.layout, patterns=recipes, scale=layer.scaling,
+                engine=self.engine, out=out, share=share,
+            )  # fmt: skip
+        if quiet:
+            return
+        self.watch.after(
+            Done(layer=layer.layer_id, q=q, lse=lse, pool=pools[0], slots=chunk.slots, layout=chunk.layout,
+                 plan=plan, scale=layer.scaling)
+        )  # fmt: skip
+        if self.tracer:
+            tensors = (q, *(pool[chunk.slots] for pool in pools), attended)
+            self.tracer.record(chunk.rid, layer.layer_id, chunk.layout, plan, tensors)
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.dense.backend.forward_decode(*args, **kwargs)  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ class SparseChunk:
     """One request's share of a batch that is prefilled sparsely: rows [start, end) are positions [prefix, ...).
 
     slots: int32 [layout.length] row of the KV pool that holds each position.
+    dense: every layer is (under context parallelism, where the dense backend can't have the chunk).
     """
 
     request: int
@@ -27,6 +28,7 @@ class SparseChunk:
     end: int
     layout: TokenLayout
     slots: torch.Tensor
+    dense: bool = False
 
 
 def host_lengths(batch: ForwardBatch) -> list[tuple[int, int]]:

@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="make room for videos of N tokens: context, frames, pixels, vision cache, upload size, watchdog",
     )  # fmt: skip
 
+    serve.add_argument(
+        "--context-parallel", type=int, metavar="N",
+        help="spread each prefill over N GPUs, in blocks of 128 tokens, weights and KV cache whole on each",
+    )  # fmt: skip
+
     search = commands.add_parser(
         "search", allow_abbrev=False, help="the offline search for each head's pattern, on videos of yours"
     )
@@ -81,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mm_sglang.serve import run_server
 
             return run_server(
-                options.model, config=options.sparse_config, extra=rest, max_video_tokens=options.max_video_tokens
-            )
+                options.model, config=options.sparse_config, extra=rest, max_video_tokens=options.max_video_tokens,
+                context_parallel=options.context_parallel,
+            )  # fmt: skip
         if options.command == "convert":
             from mm_sglang.minference_config import convert as run_convert
 

@@ -34,13 +34,15 @@ def register() -> None:
 
         return MMSparseBackend(runner)
 
-    from mm_sglang.compat import qwen2_5_vl_frames, video_errors
+    from mm_sglang.compat import cp_body, qwen2_5_vl_frames, video_errors
 
+    cp_body.install()
     qwen2_5_vl_frames.install()
     video_errors.install()
     if os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM:
-        from mm_sglang.compat import cpu_last_loc, cpu_pin_memory, cpu_vision_segments
+        from mm_sglang.compat import cpu_current_stream, cpu_last_loc, cpu_pin_memory, cpu_vision_segments
 
+        cpu_current_stream.install()
         cpu_last_loc.install()
         cpu_pin_memory.install()
         cpu_vision_segments.install()

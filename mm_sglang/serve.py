@@ -30,19 +30,33 @@ CPU_FLAGS: dict[str, str | None] = {
 }
 
 
-def run_server(model: str, *, config: str | None, extra: Sequence[str], max_video_tokens: int | None = None) -> int:
+def run_server(
+    model: str,
+    *,
+    config: str | None,
+    extra: Sequence[str],
+    max_video_tokens: int | None = None,
+    context_parallel: int | None = None,
+) -> int:
     """Check, print the command, become it. Raises ValueError for what can be known to be wrong before the start."""
     require_supported_sglang()
     command, environment = server_command(
-        model, config=config, extra=extra, cores=os.cpu_count() or 1, max_video_tokens=max_video_tokens
-    )
+        model, config=config, extra=extra, cores=os.cpu_count() or 1, max_video_tokens=max_video_tokens,
+        context_parallel=context_parallel,
+    )  # fmt: skip
     shown = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*shown, *map(shlex.quote, command)]), flush=True)
     os.execve(command[0], command, os.environ | environment)
 
 
 def server_command(
-    model: str, *, config: str | None, extra: Sequence[str], cores: int, max_video_tokens: int | None = None
+    model: str,
+    *,
+    config: str | None,
+    extra: Sequence[str],
+    cores: int,
+    max_video_tokens: int | None = None,
+    context_parallel: int | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The server's argv and the environment variables it needs: on the GPU if there is one, else on the CPU.
 
@@ -61,14 +75,19 @@ def server_command(
 
     environment: dict[str, str] = {}
     flags: dict[str, str | None] = {"--attention-backend": BACKEND}
+    if context_parallel is not None:
+        extra = [*_context_parallel(context_parallel, extra), *extra]
+    ranks, spread = _ranks(extra), _whole(extra, CONTEXT_PARALLEL)
+    if spread > 1 and ranks != spread:
+        raise ValueError(f"--attn-cp-size {spread} of --tp-size {ranks}: needs the same size, which counts all ranks")
     if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
         environment["SGLANG_PLATFORM"] = CPU_PLATFORM
-        ranks = _ranks(extra)
+        _check_heads(model, spread)
         if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
     if max_video_tokens is not None:
-        lifted = long_video(model, max_video_tokens, ranks=_ranks(extra))
+        lifted = long_video(model, max_video_tokens, ranks=ranks // spread)
         if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
             require_room(lifted.needs, torch.cuda.mem_get_info()[0])
         print(f"mm-sglang serve: {lifted.needs}", flush=True)
@@ -106,12 +125,21 @@ def check_model_folder(model: str, settings: SparseConfig) -> None:
     require_same_model(settings, model)
 
 
+def _check_heads(model: str, size: int) -> None:
+    """On a CPU SGLang pads KV heads that --tp-size doesn't divide; weights of whole heads don't fit those."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return
+    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    heads = values.get("text_config", values)["num_key_value_heads"]
+    if heads % size:
+        raise ValueError(f"--context-parallel {size} on a CPU: needs a divisor of the model's {heads} KV heads")
+
+
 def thread_binding(ranks: int, cores: int) -> str:
     """SGLANG_CPU_OMP_THREADS_BIND for `ranks` processes: equal runs of cores, "0-3|4-7"."""
     if ranks > cores:
-        raise ValueError(
-            f"tensor parallelism over {ranks} ranks: needs at least as many CPU cores, this machine has {cores}"
-        )
+        raise ValueError(f"a model over {ranks} ranks: needs at least as many CPU cores, this machine has {cores}")
     share = cores // ranks
     runs = [(rank * share, (rank + 1) * share - 1) for rank in range(ranks)]
     return "|".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
@@ -128,14 +156,37 @@ def _flag(arguments: Sequence[str], name: str) -> str | None:
     return found
 
 
+TENSOR_PARALLEL = ("--tp", "--tp-size", "--tensor-parallel-size")
+CONTEXT_PARALLEL = ("--attn-cp-size", "--attention-context-parallel-size")
+
+
 def _ranks(arguments: Sequence[str]) -> int:
-    for name in ("--tp", "--tp-size", "--tensor-parallel-size"):
+    return _whole(arguments, TENSOR_PARALLEL)
+
+
+def _whole(arguments: Sequence[str], names: Sequence[str]) -> int:
+    """The number given under one of an option's names, 1 if none is."""
+    for name in names:
         value = _flag(arguments, name)
         if value is not None:
-            if not value.isdecimal():
-                raise ValueError(f"{name} {value}: needs a whole number")
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"{name} {value}: needs a whole number from 1")
             return int(value)
     return 1
+
+
+def _context_parallel(size: int, extra: Sequence[str]) -> list[str]:
+    """SGLang's options for prefills over `size` ranks; its --tp-size counts all ranks and splits nothing here."""
+    if size < 1:
+        raise ValueError(f"--context-parallel {size}: needs a whole number from 1")
+    for name in (*TENSOR_PARALLEL, *CONTEXT_PARALLEL):
+        if _flag(extra, name) is not None:
+            raise ValueError(f"--context-parallel {size} and {name}: needs one of them, it sets the other")
+    if size == 1:
+        return []
+    flags = {"--tp-size": str(size), "--attn-cp-size": str(size), "--enable-prefill-cp": None}
+    flags |= {"--cp-strategy": "interleave", "--cuda-graph-backend-prefill": "disabled"}  # captured, but never replayed
+    return [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
 
 
 def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

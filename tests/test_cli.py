@@ -13,7 +13,7 @@ from mm_sglang.serve import server_command, thread_binding
 
 def model_folder(folder: Path, architecture: str = "Qwen2_5_VLForConditionalGeneration", nested: bool = True) -> Path:
     """A model folder as far as the checks before a start read it."""
-    text = {"num_hidden_layers": 4, "num_attention_heads": 8}
+    text = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
     values = {"architectures": [architecture]} | ({"text_config": text} if nested else text)
     (folder / "config.json").write_text(json.dumps(values))
     return folder
@@ -64,6 +64,19 @@ def test_tensor_parallel_ranks_get_their_own_cores(tmp_path: Path, monkeypatch: 
         thread_binding(4, 2)
 
 
+def test_context_parallel_sets_what_sglang_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
+    model = str(model_folder(tmp_path))
+    command, environment = server_command(model, config=None, extra=[], cores=2, context_parallel=2)
+    wanted = "--tp-size 2 --attn-cp-size 2 --enable-prefill-cp --cp-strategy interleave"
+    assert wanted in " ".join(command) and environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
+    zigzag = ["--cp-strategy", "zigzag"]
+    command, _ = server_command(model, config=None, extra=zigzag, cores=2, context_parallel=2)
+    assert command.count("--cp-strategy") == 1 and "interleave" not in command
+    command, _ = server_command(model, config=None, extra=[], cores=2, context_parallel=1)
+    assert "--attn-cp-size" not in command
+
+
 @pytest.mark.parametrize(
     "architecture, extra, message",
     [
@@ -92,6 +105,10 @@ def test_tensor_parallel_ranks_get_their_own_cores(tmp_path: Path, monkeypatch: 
             "needs one of them",
         ),
         (None, ["--tp", "many"], "--tp many: needs a whole number"),
+        (None, ["--context-parallel", "0"], "--context-parallel 0: needs a whole number from 1"),
+        (None, ["--context-parallel", "2", "--tp", "2"], "--context-parallel 2 and --tp: needs one of them"),
+        (None, ["--context-parallel", "3"], "--context-parallel 3 on a CPU: needs a divisor of the model's 2 KV heads"),
+        (None, ["--tp", "3", "--attn-cp-size", "2"], "--attn-cp-size 2 of --tp-size 3: needs the same size"),
     ],
 )
 def test_serve_refuses_before_it_starts(

@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import mm_sglang.compat
 from mm_sglang.compat import (
+    cp_body,
+    cp_inputs,
+    cpu_current_stream,
     cpu_last_loc,
     cpu_vision_segments,
     qwen2_5_vl_frames,
@@ -31,9 +34,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_every_hook_has_a_target_of_the_shape_it_expects(registered: dict[str, Any]) -> None:
-    for module in (cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, video_errors):
+    for module in (cp_body, cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, video_errors):
         module.install()
-    assert len(registered) == 5
+    assert len(registered) == 6
     for target, (hook, kind) in registered.items():
         original = list(inspect.signature(resolve_name(target)).parameters)
         ours = list(inspect.signature(hook).parameters)
@@ -102,3 +105,62 @@ def test_decoder_errors_become_one_line_of_ours() -> None:
         video_errors._open(broken, Wrapper(), b"abcd")
     with pytest.raises(ValueError, match="the video is empty: got 0 bytes"):
         video_errors._open(broken, Wrapper(), b"")
+
+
+def test_a_body_is_built_and_run_as_on_one_rank_only_with_context_parallelism_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sglang.srt.runtime_context as context
+
+    seen: list[tuple[int, int, bool]] = []
+
+    def note(*arguments: object) -> None:
+        parallel = context.get_parallel()
+        seen.append((parallel.tp_size, parallel.attn_cp_size, parallel.enable_prefill_cp))
+
+    class Body:
+        forward = note
+
+    wide = dict(tp_size=2, tp_rank=1, attn_tp_size=1, attn_tp_rank=0, attn_dp_size=1, attn_cp_size=2, attn_cp_rank=1)
+    wide |= dict(moe_tp_size=2, moe_tp_rank=1, moe_dp_size=1, moe_ep_size=1)
+    with context.get_parallel().override(**wide, attn_tp_group=None, enable_prefill_cp=True):
+        for backend in ("fa3", "mm_sparse"):
+            monkeypatch.setattr(context, "attention_backends", lambda backend=backend: (backend, "flashinfer"))
+            cp_body._init(note, Body())
+        body = Body()
+        cp_body.wrap_forward(body)
+        body.forward()
+        note()
+    assert seen == [(2, 2, True), (1, 1, False), (1, 1, False), (2, 2, True)]
+
+
+def test_a_context_parallel_model_gets_its_vision_mrope_and_sharded_deepstack(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang.srt.layers.cp.utils as cp_utils
+    import sglang.srt.managers.mm_utils as mm_utils
+
+    class Qwen3VLForConditionalGeneration:
+        model, is_mrope_enabled, use_deepstack = "body", True, {"video": True}
+
+    class Batch:
+        input_ids, positions, mrope_positions = torch.arange(4), torch.arange(4), torch.ones(3, 4)
+
+    def embed(ids: Any, batch: Any, body: Any, kwargs: Any, *, multimodal_model: Any, use_deepstack: Any) -> Any:
+        assert body == "body" and multimodal_model is model and use_deepstack == {"video": True}
+        kwargs["input_deepstack_embeds"] = torch.arange(8.0).view(4, 2)
+        return torch.zeros(4, 2)
+
+    model: Any = Qwen3VLForConditionalGeneration()
+    monkeypatch.setattr(mm_utils, "prepare_mm_inputs", embed)
+    monkeypatch.setattr(cp_utils, "cp_shard_hidden_states", lambda x, batch: x[1::2])
+    cp_inputs.install(model)
+    embeds, positions, kwargs = model.prepare_cp_inputs(Batch())
+    assert embeds.shape == (4, 2) and positions is Batch.mrope_positions
+    assert kwargs["input_deepstack_embeds"].tolist() == [[2.0, 3.0], [6.0, 7.0]]
+
+
+def test_no_stream_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.current_stream)  # put back afterwards
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    cpu_current_stream.install()
+    stream: object = torch.cuda.current_stream()
+    assert stream is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 
 
@@ -29,6 +30,9 @@ class Auto(HeadPattern):
 
     def scaled(self, factor: float) -> Self:
         return replace(self, density=min(0.99, self.density * factor))
+
+    def looks_at(self, layout: TokenLayout) -> None:
+        return None  # a choice samples tiles all over the chunk
 
     def select(self, view: View) -> Selection:
         raise ValueError("auto: has to be chosen before it is planned: needs kernels.choosing.choose")

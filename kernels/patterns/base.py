@@ -134,6 +134,13 @@ class HeadPattern:
         """(key class, recipe) pairs for queries of a class; most recipes know no classes."""
         return ((None, self),)
 
+    def looks_at(self, layout: TokenLayout) -> int | None:
+        """How many of the chunk's last queries `select` reads, beside each tile's own for its own; None: any of them.
+
+        Whoever holds a part of the queries has to fetch these before planning.
+        """
+        return 0
+
     @property
     def query_classes(self) -> tuple[str | None, ...]:
         """Query classes that have recipes of their own."""
@@ -141,6 +148,13 @@ class HeadPattern:
 
     def to_dict(self) -> dict[str, Any]:
         return {"pattern": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def most_looked_at(patterns: Iterable[HeadPattern], layout: TokenLayout) -> int | None:
+    """`HeadPattern.looks_at` for all of them together."""
+    numbers = [pattern.looks_at(layout) for pattern in patterns]
+    known = [number for number in numbers if number is not None]
+    return max(known, default=0) if len(known) == len(numbers) else None
 
 
 def require_at_least(pattern: HeadPattern, minimum: int, *names: str) -> None:

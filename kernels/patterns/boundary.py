@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mm_sglang.kernels.classes import CLASSES
+from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.auto import Auto
-from mm_sglang.kernels.patterns.base import HeadPattern
+from mm_sglang.kernels.patterns.base import HeadPattern, most_looked_at
 from mm_sglang.kernels.patterns.grid import Grid
 
 NAMES = {
@@ -58,6 +59,9 @@ class Boundary(HeadPattern):
 
     def scaled(self, factor: float) -> Boundary:
         return replace(self, recipes=tuple((name, recipe.scaled(factor)) for name, recipe in self.recipes))
+
+    def looks_at(self, layout: TokenLayout) -> int | None:
+        return most_looked_at((recipe for _, recipe in self.recipes), layout) if self.boundary == "k" else None
 
     @property
     def query_classes(self) -> tuple[str | None, ...]:

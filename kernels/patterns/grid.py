@@ -9,6 +9,7 @@ import torch
 
 from mm_sglang.kernels import classes
 from mm_sglang.kernels.classes import Lines, Stride
+from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.a_shape import nearest
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_flag
 
@@ -64,13 +65,19 @@ class Grid(HeadPattern):
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "lines", "local", "last_q")
 
+    def looks_at(self, layout: TokenLayout) -> int | None:
+        return None if self.horizontal or self.text else self._sampled(layout)  # whole rows are gathered queries
+
+    def _sampled(self, layout: TokenLayout) -> int:
+        frame = max((item.frame_tokens for item in classes.begun(layout)), default=0)
+        return min(max(self.last_q, frame), MOST_QUERIES)
+
     def select(self, view: View) -> Selection:
         layout, keys = view.layout, view.keys
         columns, rows, most, rows_most = None, None, 0, 0
         if classes.count(layout, "vision", 0, keys) and view.key_class != "text":
             lines = classes.lines(layout, STRIDES[self.stride], self.lines, SAMPLED_KEYS)
-            frame = max(item.frame_tokens for item in classes.begun(layout))
-            mass, _ = view.mass(min(max(self.last_q, frame), MOST_QUERIES), lines.k_pos)
+            mass, _ = view.mass(self._sampled(layout), lines.k_pos)
             on_line = best_lines(mass, lines)
             most = lines.bound
             if self.vertical:

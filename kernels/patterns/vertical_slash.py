@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_coverage
 from mm_sglang.kernels.plan import BUCKET
 
@@ -40,6 +41,9 @@ class VerticalSlash(HeadPattern):
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "columns", "slashes", "local", "last_q")
         require_coverage(self, self.coverage)
+
+    def looks_at(self, layout: TokenLayout) -> int:
+        return self.last_q
 
     def select(self, view: View) -> Selection:
         columns, diagonals = view.mass(self.last_q)

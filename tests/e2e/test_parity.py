@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from assets import Assets
-from hf_reference import HuggingFace
+from recipes import COVERING, TOKENS
 
 from mm_sglang.demo.client import ask
 from mm_sglang.demo.server import Server
@@ -22,17 +22,6 @@ from mm_sglang.trace import read_trace
 
 pytestmark = pytest.mark.e2e
 
-TOKENS = 8
-MUCH = 10**6
-# Every pattern at once, each with a budget that covers every key: all of the machinery runs and changes nothing.
-COVERING: dict[str, Any] = {
-    "default": {"pattern": "vertical_slash", "columns": MUCH, "slashes": MUCH},
-    "layers": {
-        "1": {"default": {"pattern": "grid", "lines": MUCH}, "heads": {"2": {"pattern": "dense"}}},
-        "2": {"default": {"pattern": "a_shape", "local": MUCH}, "heads": {"5": {"pattern": "grid", "lines": MUCH}}},
-    },
-    "min_tokens": 1,
-}
 PART_DENSE = COVERING | {"min_tokens": 300, "dense_layers": [0]}  # some requests and one layer go to the dense backend
 
 
@@ -69,16 +58,6 @@ class Running:
     server: Server
     trace: Path
     wanted: dict[str, list[int]]
-
-
-@pytest.fixture(scope="module")
-def wanted(assets: Assets) -> dict[str, dict[str, list[int]]]:
-    """transformers' greedy tokens of every prompt, by architecture."""
-    out = {}
-    for name, folder in assets.models.items():
-        model = HuggingFace(folder)
-        out[name] = {prompt: model.greedy(parts, TOKENS) for prompt, parts in assets.prompts.items()}
-    return out
 
 
 @pytest.fixture(scope="module", params=CASES)

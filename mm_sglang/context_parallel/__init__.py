@@ -1,0 +1,1 @@
+"""Context parallelism: a prefill's rows over several ranks, in SGLang's own groups and runner."""

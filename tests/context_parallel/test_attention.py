@@ -1,0 +1,179 @@
+"""Attention of a batch spread over N ranks has the same bits as on one, for every recipe. Ranks are threads here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from recipes import ITEMS, RECIPES
+
+from mm_sglang.batches import SparseChunk
+from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
+from mm_sglang.context_parallel.collectives import Ranks
+from mm_sglang.kernels.engines import engine
+from mm_sglang.kernels.inspection import tiles_by_head
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.patterns import HeadPattern, head_pattern
+from mm_sglang.kernels.plan import Plan
+from mm_sglang.kernels.prefill import sparse_prefill
+from mm_sglang.parallel.sharding import KINDS, Sharding
+
+REFERENCE = engine("reference")
+HEAD_DIM, SCALE, KV_HEADS = 16, 0.7, 2
+
+
+Tiles = list[tuple[list[int], int]]  # of each chunk: tiles by head, causal tiles
+
+
+@dataclass(kw_only=True)
+class Table:
+    """What the threads hand each other."""
+
+    size: int
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
+    rows_moved: int = 0
+    plans: list[Tiles] = field(default_factory=list)  # of each rank
+
+    def __post_init__(self) -> None:
+        self.barrier = Barrier(self.size, timeout=60)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Thread(Ranks):
+    table: Table
+
+    def gather(self, part: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.table.parts[self.rank] = part
+        self.table.barrier.wait()
+        parts = [self.table.parts[rank] for rank in range(self.size)]
+        assert len({p.shape for p in parts}) == 1
+        self.table.barrier.wait()
+        if self.rank == 0:
+            self.table.rows_moved += len(part)
+        return lambda: torch.cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    chunk: SparseChunk
+    patterns: list[HeadPattern]
+
+
+def prompts(shapes: list[tuple[int, int]], patterns: list[HeadPattern]) -> tuple[list[Prompt], torch.Tensor]:
+    """One of each (prefix, queries), with rows of the pool from 1 on in no order; and the batch's new rows."""
+    generator = torch.Generator().manual_seed(sum(p + n for p, n in shapes))
+    total = sum(p + n for p, n in shapes)
+    free, made, new, start = torch.randperm(total, generator=generator) + 1, [], [], 0
+    for number, (prefix, queries) in enumerate(shapes):
+        keys = prefix + queries
+        slots, free = free[:keys].int(), free[keys:]
+        q = torch.randn(queries, len(patterns), HEAD_DIM, generator=generator)
+        k, v = torch.randn(2, keys, KV_HEADS, HEAD_DIM, generator=generator)
+        chunk = SparseChunk(
+            request=number, rid=str(number), start=start, end=start + queries,
+            layout=TokenLayout(items=ITEMS, length=keys), slots=slots,
+        )  # fmt: skip
+        made.append(Prompt(q=q, k=k, v=v, chunk=chunk, patterns=patterns))
+        new.append(slots[prefix:])
+        start += queries
+    return made, torch.cat(new)
+
+
+def alone(batch: list[Prompt]) -> tuple[torch.Tensor, Tiles]:
+    results = [
+        sparse_prefill(p.q, p.k, p.v, layout=p.chunk.layout, patterns=p.patterns, scale=SCALE, engine=REFERENCE)
+        for p in batch
+    ]
+    return torch.cat([out for out, _, _ in results]), [tiles(plan) for _, _, plan in results]
+
+
+def tiles(plan: Plan) -> tuple[list[int], int]:
+    return tiles_by_head(plan), plan.causal_tiles
+
+
+def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tuple[torch.Tensor, Table]:
+    """The rows of all ranks put together; each rank has a pool of its own, with the prefixes only."""
+    sharding = Sharding(lengths=tuple(len(p.q) for p in batch), size=size, kind=kind)
+    width, table = -(-max(sharding.counts) // size) * size, Table(size=size)
+    pool = torch.full((int(max(p.chunk.slots.max() for p in batch)) + 1, KV_HEADS, HEAD_DIM), torch.nan)
+    q = torch.cat([p.q for p in batch])
+
+    def run(rank: int) -> tuple[torch.Tensor, Tiles]:
+        ranks = Thread(rank=rank, size=size, group=None, cpu_group=None, table=table)
+        keys, values = pool.clone(), pool.clone()
+        for p in batch:
+            old = p.chunk.slots[: len(p.k) - len(p.q)].long()
+            keys[old], values[old] = p.k[: len(old)], p.v[: len(old)]
+        own = sharding.rows(rank)
+        fill = (0, 0, 0, 0, 0, width - len(own))
+        k, v = (torch.cat([x[-len(p.q) :] for p, x in zip(batch, xs, strict=True)])[own] for xs in (
+            [p.k for p in batch], [p.v for p in batch]))  # fmt: skip
+        shared = SharedBatch.of(ranks, sharding, width, [p.chunk for p in batch], new)
+        local_q, k, v = (torch.nn.functional.pad(x, fill) for x in (q[own], k, v))
+        finish_keys = shared.start(k, keys)
+        queries = shared.queries(local_q, [p.patterns for p in batch])
+        finish_values = shared.start(v, values)
+        finish_keys()
+        out = torch.full_like(queries, torch.nan)
+        planned = []
+        for number, p in enumerate(batch):
+            rows = slice(p.chunk.start, p.chunk.end)
+            share = ChunkShare(batch=shared, chunk=number, start=p.chunk.start, out=out, values=finish_values)
+            _, _, plan = sparse_prefill(
+                queries[rows], keys, values, slots=p.chunk.slots, layout=p.chunk.layout, patterns=p.patterns,
+                scale=SCALE, engine=REFERENCE, out=out[rows], share=share,
+            )  # fmt: skip
+            planned.append(tiles(plan))
+        return shared.local(out)[: len(own)], planned
+
+    with ThreadPoolExecutor(size) as pool_of_threads:
+        parts = list(pool_of_threads.map(run, range(size)))
+    whole = torch.empty_like(q)
+    for rank, (part, planned) in enumerate(parts):
+        whole[sharding.rows(rank)] = part
+        table.plans.append(planned)
+    return whole, table
+
+
+def recipes(name: str) -> list[HeadPattern]:
+    return [head_pattern(RECIPES[name])] * 6
+
+
+@pytest.mark.parametrize("size, kind", [(2, "stripe"), (4, "stripe"), (8, "stripe"), (4, "zigzag")])
+@pytest.mark.parametrize("name", RECIPES)
+def test_bits_do_not_depend_on_the_number_of_ranks(name: str, size: int, kind: str) -> None:
+    """Several prompts in a batch: a whole one, a chunk inside a video, a few tokens after a radix hit."""
+    batch, new = prompts([(0, 611), (200, 411), (300, 7)], recipes(name))
+    got, table = together(batch, new, size, kind)
+    want, plans = alone(batch)
+    assert torch.equal(got, want)
+    assert table.plans == [plans] * size  # so metrics and traces are those of one rank too
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_heads_and_a_residual(kind: str) -> None:
+    names = ["vertical_slash", "grid_frame", "2d_mixed", "block_topk", "dense", "q_grid", "vertical_slash", "a_shape"]
+    mixed: list[dict[str, Any]] = [RECIPES[name] | {"residual": name in ("block_topk", "q_grid")} for name in names]
+    batch, new = prompts([(100, 500)], [head_pattern(recipe) for recipe in mixed])
+    got, _ = together(batch, new, 3, kind)
+    assert torch.equal(got, alone(batch)[0])
+
+
+def test_only_the_sampled_queries_travel_where_nothing_is_gathered() -> None:
+    """1000 rows on 2 ranks: K and V in full; of the queries 17 for vertical_slash, all for a grid with whole rows."""
+    rows = {}
+    for name in ("block_topk", "vertical_slash", "grid_frame"):
+        batch, new = prompts([(0, 1000)], recipes(name))
+        rows[name] = together(batch, new, 2, "stripe")[1].rows_moved
+    width = 512
+    assert rows["block_topk"] == 2 * width + 4  # and the means of its four blocks
+    assert rows["vertical_slash"] == 2 * width + 17  # all in the last block, so one rank has them all
+    assert rows["grid_frame"] > 3 * width
