@@ -1,0 +1,72 @@
+"""What a leader does once its ranks serve: orders from the driver become SGLang requests, and their ends messages."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from mm_sglang.jobs.gang import Gang
+from mm_sglang.parallel.wire import Message, Peer
+
+
+class Asking:
+    """Args:
+    engine: SGLang's RayEngine, whose event loop nobody runs yet.
+    peer: the leader's line to the driver.
+    """
+
+    def __init__(self, engine: Any, gang: Gang, peer: Peer) -> None:
+        self.engine, self.gang, self.peer = engine, gang, peer
+        self.loop = engine.loop
+        self.tasks: set[Any] = set()  # the loop itself holds its tasks weakly
+
+    def run(self) -> None:
+        """Does not return."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._until_a_rank_ends, daemon=True).start()
+        self.loop.run_forever()
+
+    def _until_a_rank_ends(self) -> None:
+        self.engine._scheduler_init_result.block_until_scheduler_exits()
+        self.peer.send("broken", error="a rank ended")
+
+    def _listen(self) -> None:
+        """Orders come to a socket of their own, since one thread waits at it all the time."""
+        orders = Peer(self.gang.hub, self.gang.token, f"{self.gang.name}.orders")
+        orders.send("ready", wait=True)
+        while True:
+            if order := orders.receive():
+                self.loop.call_soon_threadsafe(self._obey, order)
+
+    def _obey(self, order: Message) -> None:
+        kind = order.pop("kind")
+        if kind == "ask":
+            task = self.loop.create_task(self._answer(**order))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        elif kind == "abort":
+            self.engine.tokenizer_manager.abort_request(order["rid"])
+
+    async def _answer(self, *, rid: str, video: str, question: str, sampling: dict[str, Any]) -> None:
+        try:
+            found = await self.engine.async_generate(
+                prompt=self._prompt(question), video_data=[video], sampling_params=sampling, rid=rid
+            )
+        except Exception as error:  # of this request; what breaks the replica ends a rank
+            said = " ".join(str(error).split())
+            self.peer.send("failed", rid=rid, error=f"{type(error).__name__}: {said}", wait=True)
+            return
+        facts = found["meta_info"]
+        finish = facts["finish_reason"] or {}
+        if finish.get("type") == "abort":
+            self.peer.send("failed", rid=rid, error=f"aborted: {finish.get('message')}", wait=True)
+            return
+        self.peer.send(
+            "answer", wait=True, rid=rid, text=found["text"], finish=finish.get("type"),
+            prompt_tokens=facts["prompt_tokens"], completion_tokens=facts["completion_tokens"],
+        )  # fmt: skip
+
+    def _prompt(self, question: str) -> str:
+        parts = [{"type": "video"}, {"type": "text", "text": question}]
+        template = self.engine.tokenizer_manager.processor.apply_chat_template
+        return str(template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,115 @@
+"""Where a job's processes run: the Ray cluster, a placement group of one-GPU bundles a replica, and their certain end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+REACH_S = 3.0  # a cluster's head answers within this, or is not there
+REAP_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process of a gang, as its heartbeat names it."""
+
+    pid: int
+    created: float
+    node: str
+
+
+def connect(address: str | None, *, logical_gpus: int | None) -> None:
+    """Join the cluster at `address` (or RAY_ADDRESS), else start a Ray of this machine's own.
+
+    Args:
+        logical_gpus: GPUs that an own Ray shall pretend to have; None lets it count the real ones.
+
+    Raises:
+        ValueError: nothing answers there.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if address == "local":
+        ray.init(address="local", num_gpus=logical_gpus, include_dashboard=False, **quiet)
+        return
+    if address != "auto":
+        _require_reachable(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"--address {address}: no Ray cluster there ({' '.join(str(error).split())[:200]})") from error
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ValueError(f"--address {address}: needs host:port of a Ray cluster's head, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--address {address}: no Ray cluster there ({error})") from error
+
+
+def require_gpus(replicas: int, gpus: int) -> None:
+    """ValueError if the cluster as a whole has fewer GPUs than replicas of `gpus` ranks need."""
+    has = int(ray.cluster_resources().get("GPU", 0))
+    if replicas * gpus > has:
+        raise ValueError(f"--replicas {replicas} x --gpus {gpus}: needs {replicas * gpus} GPUs, the cluster has {has}")
+
+
+def host_for_messages() -> str:
+    """Loopback if every node is this machine, else its address in the cluster."""
+    here = ray.util.get_node_ip_address()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] != here]
+    return str(here) if others else "127.0.0.1"
+
+
+def place(gpus: int, name: str) -> PlacementGroup:
+    """One-GPU bundles, inside one host if any host has that many GPUs."""
+    largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    return placement_group([{"GPU": 1}] * gpus, strategy="STRICT_PACK" if largest >= gpus else "PACK", name=name)
+
+
+def no_place(group: PlacementGroup, seconds: float) -> str:
+    """What is missing for a group that is still waiting."""
+    free, has = (int(of.get("GPU", 0)) for of in (ray.available_resources(), ray.cluster_resources()))
+    return f"no place for {group.bundle_count} GPUs after {seconds:.0f} s: {free} of the cluster's {has} are free"
+
+
+def reap(processes: Iterable[Process]) -> None:
+    """SIGKILL these processes and their children on whichever node they are; ray.kill cannot end a stopped one."""
+    by_node: dict[str, list[Process]] = {}
+    for process in processes:
+        by_node.setdefault(process.node, []).append(process)
+    here = ray.get_runtime_context().get_node_id()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    kill_all(by_node.pop(here, []))
+    remote = ray.remote(num_cpus=0, max_retries=0)(kill_all)
+    waiting = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(those)
+        for node, those in by_node.items()
+        if node in alive
+    ]
+    ray.wait(waiting, num_returns=len(waiting), timeout=REAP_S) if waiting else None
+
+
+def kill_all(processes: list[Process]) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.Error):
+            found = psutil.Process(process.pid)
+            if found.create_time() == process.created:
+                for each in [*found.children(recursive=True), found]:
+                    with suppress(psutil.Error):
+                        each.send_signal(signal.SIGKILL)
