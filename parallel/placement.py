@@ -1,4 +1,4 @@
-"""Where a job's processes run: the Ray cluster, a placement group of one-GPU bundles a replica, and their certain end."""
+"""Where a job's processes run: the Ray cluster, a placement group of one-GPU bundles, and their certain end."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """SGLang's ranks as Ray actors of ours.
 
-Why: SGLang's SchedulerActor never calls load_plugins, so `--attention-backend mm_sparse` is an invalid backend in it; it
+Why: SGLang's SchedulerActor never calls load_plugins, so the backend `mm_sparse` is unknown in it; it
     calls torch.cuda.set_device where there is no CUDA; and nobody watches it: a rank that is stopped, or whose
     neighbour died in a collective, hangs until the process group's timeout.
 How: REPLACE `sglang.srt.ray.engine._create_scheduler_actor` by one that makes an actor of mm_sglang/jobs/rank.py, which

@@ -9,6 +9,9 @@ from mm_sglang.jobs.gang import Gang
 from mm_sglang.parallel.wire import Message, Peer
 
 
+ASK_S = 1.0
+
+
 class Asking:
     """Args:
     engine: SGLang's RayEngine, whose event loop nobody runs yet.
@@ -27,8 +30,14 @@ class Asking:
         self.loop.run_forever()
 
     def _until_a_rank_ends(self) -> None:
-        self.engine._scheduler_init_result.block_until_scheduler_exits()
-        self.peer.send("broken", error="a rank ended")
+        import ray
+
+        ranks = self.engine._scheduler_init_result
+        ranks.block_until_scheduler_exits()
+        asked = [actor.get_info.remote() for actor in ranks.scheduler_actors]  # one that still runs does not answer
+        ended = ray.wait(asked, num_returns=1, timeout=ASK_S)[0]
+        names = ", ".join(f"rank{number}" for number, answer in enumerate(asked) if answer in ended)
+        self.peer.send("broken", error=f"{names or 'a rank'} ended (killed or crashed)")
 
     def _listen(self) -> None:
         """Orders come to a socket of their own, since one thread waits at it all the time."""

@@ -9,10 +9,12 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 
 from mm_sglang.jobs.asking import Asking
+from mm_sglang.jobs.detokenizer import run_detokenizer
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.parallel.beat import start_beat
 from mm_sglang.parallel.wire import Peer
 
+START_ERRORS = (ValueError, SystemExit)  # of settings: the next start would end the same way
 LEASE = "\0mm_sglang-port-{}"  # an abstract socket: one process of the host holds a name, and its death gives it back
 
 
@@ -28,7 +30,12 @@ class Leader:
         start_beat(self.peer, dict)
 
     def run(self) -> None:
-        Asking(self._start(), self.gang, self.peer).run()
+        try:
+            engine = self._start()
+        except START_ERRORS as error:
+            self.peer.send("refused", error=" ".join(str(error).split()), wait=True)
+            raise RuntimeError(f"refused: {error}") from error  # an actor that exits says less
+        Asking(engine, self.gang, self.peer).run()
 
     def _start(self) -> Any:
         from mm_sglang.serve import server_command
@@ -55,6 +62,7 @@ class Leader:
 
         class Placed(RayEngine):  # type: ignore[misc]
             _placement_group = group
+            run_detokenizer_process_func = staticmethod(run_detokenizer)
 
             def __init__(self) -> None:  # RayEngine's own takes single arguments, not a parsed command line
                 Engine.__init__(self, server_args=arguments)
@@ -63,7 +71,7 @@ class Leader:
 
 
 def leased_port() -> tuple[int, socket.socket]:
-    """A free port that no other replica on this host gets, and what holds it. SGLang's rank 0 binds it a little later."""
+    """A free port that no other replica on this host gets, and what holds it. SGLang's rank 0 binds it later."""
     from sglang.srt.utils.network import get_free_port_below_ephemeral
 
     while True:

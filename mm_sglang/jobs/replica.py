@@ -101,6 +101,9 @@ class Replica:
             self._event("ready", seconds=now - self._since)
         elif kind == "broken":
             self._broken = message["error"]
+        elif kind == "refused":
+            self.failed_starts = self.patience.starts  # no use in trying again
+            self._broken = message["error"]
         elif kind in ("answer", "failed"):
             self.asked.pop(message["rid"], None)
         elif kind in ("chunk", "decoded"):
@@ -155,7 +158,7 @@ class Replica:
         self._event("down", error=why)
         self.kill()
         if self.failed_starts >= self.patience.starts:
-            raise ReplicaError(f"replica {self.number} failed to start {self.failed_starts} times: {why}")
+            raise ReplicaError(f"replica {self.number} does not start: {why}")
         self.start()
         return lost
 
@@ -173,8 +176,9 @@ class Replica:
             ray.kill(self._leader)
             reap(self.processes.values())
             self._leader = None
+        self._name = "of no gang"  # what the old one had sent and is still to come says nothing about the next
         for table in (self.asked, self.used, self.processes, self._beats):
-            table.clear()  # type: ignore[attr-defined]
+            table.clear()
 
     def close(self) -> None:
         self.kill()
@@ -191,6 +195,8 @@ def _cause(finished: Any) -> str:
     """The last line of what a Ray call raised."""
     try:
         ray.get(finished, timeout=1)
+    except ray.exceptions.RayActorError:
+        return "killed or crashed"
     except Exception as error:  # whatever it was, it has to be told
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""A job's results: one JSON line an input, whole or not there, whatever kills the job; a later job goes on from them."""
+"""A job's results: one JSON line an input, whole or not there, whatever kills the job; a later job goes on from it."""
 
 from __future__ import annotations
 
