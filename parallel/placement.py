@@ -27,19 +27,15 @@ class Process:
     node: str
 
 
-def connect(address: str | None, *, logical_gpus: int | None) -> None:
-    """Join the cluster at `address` (or RAY_ADDRESS), else start a Ray of this machine's own.
-
-    Args:
-        logical_gpus: GPUs that an own Ray shall pretend to have; None lets it count the real ones.
+def connect(address: str, *, gpus: int) -> None:
+    """Join the cluster at `address`, or start a Ray of this machine's own with so many GPUs if it is "local".
 
     Raises:
         ValueError: nothing answers there.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if address == "local":
-        ray.init(address="local", num_gpus=logical_gpus, include_dashboard=False, **quiet)
+        ray.init(address="local", num_gpus=gpus, include_dashboard=False, **quiet)
         return
     if address != "auto":
         _require_reachable(address)
@@ -60,9 +56,13 @@ def _require_reachable(address: str) -> None:
         raise ValueError(f"--address {address}: no Ray cluster there ({error})") from error
 
 
-def require_gpus(replicas: int, gpus: int) -> None:
-    """ValueError if the cluster as a whole has fewer GPUs than replicas of `gpus` ranks need."""
-    has = int(ray.cluster_resources().get("GPU", 0))
+def cluster_gpus() -> int:
+    """All of them, also those in use."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def require_gpus(replicas: int, gpus: int, has: int) -> None:
+    """ValueError if `has` are fewer GPUs than replicas of `gpus` ranks need."""
     if replicas * gpus > has:
         raise ValueError(f"--replicas {replicas} x --gpus {gpus}: needs {replicas * gpus} GPUs, the cluster has {has}")
 

@@ -8,7 +8,6 @@ from typing import Any
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.parallel.wire import Message, Peer
 
-
 ASK_S = 1.0
 
 
@@ -25,8 +24,11 @@ class Asking:
 
     def run(self) -> None:
         """Does not return."""
-        threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._until_a_rank_ends, daemon=True).start()
+        # The engine returns while its detokenizer still imports: a replica that has answered once is ready.
+        first = self.engine.async_generate(prompt="ready?", sampling_params={"max_new_tokens": 1, "temperature": 0})
+        self.loop.run_until_complete(first)
+        threading.Thread(target=self._listen, daemon=True).start()
         self.loop.run_forever()
 
     def _until_a_rank_ends(self) -> None:

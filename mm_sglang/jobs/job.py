@@ -74,14 +74,19 @@ class Job:
 
     def run(self, stack: ExitStack) -> int:
         """Until every input has its line. The stack's end is the end of all replicas."""
-        stack.callback(self.hub.close)
-        stack.callback(self.bar.close)
+        stack.callback(self.close)
         for replica in self.replicas:
-            stack.callback(replica.close)
             replica.start()
         while self.waiting or self.asked:
             self.step(TICK_S)
         return 1 if self.errors else 0
+
+    def close(self) -> None:
+        """The end of all replicas."""
+        for replica in self.replicas:
+            replica.close()
+        self.hub.close()
+        self.bar.close()
 
     def step(self, wait_s: float) -> None:
         self._listen(wait_s)

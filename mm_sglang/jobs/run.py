@@ -99,12 +99,15 @@ def _join_cluster(options: JobOptions, stack: ExitStack) -> None:
         raise ValueError("jobs need Ray: `pip install ray==2.55.1`") from error
     import torch
 
-    from mm_sglang.parallel.placement import connect, require_gpus
+    from mm_sglang.parallel.placement import cluster_gpus, connect, require_gpus
 
-    logical = None if torch.cuda.is_available() else os.cpu_count()
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    here = torch.cuda.device_count() or os.cpu_count() or 1  # a rank is a core where there is no GPU
+    if address == "local":
+        require_gpus(options.replicas, options.gpus, here)
     stack.callback(ray.shutdown)
-    connect(options.address, logical_gpus=logical)
-    require_gpus(options.replicas, options.gpus)
+    connect(address, gpus=here)
+    require_gpus(options.replicas, options.gpus, cluster_gpus())
 
 
 @contextmanager
