@@ -68,7 +68,8 @@ class Soak:
         while self.job.waiting or self.job.asked:
             self.job.step(0.02)
             replica = self.job.replicas[0]
-            if not self.kinds or not replica.ready or not any(replica.used.values()):
+            settled = not self.done or "back_s" in self.done[-1] or "free_s" in self.done[-1]
+            if not self.kinds or not settled or not any(replica.used.values()):
                 continue
             if self._due is None:
                 self._due = time.monotonic() + self.chance.uniform(0, 1.5)

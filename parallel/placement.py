@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 REACH_S = 3.0  # a cluster's head answers within this, or is not there
 REAP_S = 10.0
+MOST_DECODERS = 8  # of a replica
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,11 @@ def _require_reachable(address: str) -> None:
 def cluster_gpus() -> int:
     """All of them, also those in use."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def free_cpus(replicas: int) -> int:
+    """CPUs for each replica's decoders; 0 where all are taken, and SGLang then decodes by itself."""
+    return min(MOST_DECODERS, int(ray.available_resources().get("CPU", 0)) // replicas)
 
 
 def require_gpus(replicas: int, gpus: int, has: int) -> None:

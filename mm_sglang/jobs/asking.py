@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from mm_sglang.compat.decoded_video import SCHEME
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.parallel.wire import Message, Peer
 
 ASK_S = 1.0
+ABORT_AGAIN_S = 0.1
 
 
 class Asking:
@@ -20,7 +22,7 @@ class Asking:
     def __init__(self, engine: Any, gang: Gang, peer: Peer) -> None:
         self.engine, self.gang, self.peer = engine, gang, peer
         self.loop = engine.loop
-        self.tasks: set[Any] = set()  # the loop itself holds its tasks weakly
+        self.tasks: dict[str, Any] = {}  # by rid
 
     def run(self) -> None:
         """Does not return."""
@@ -52,13 +54,25 @@ class Asking:
     def _obey(self, order: Message) -> None:
         kind = order.pop("kind")
         if kind == "ask":
-            task = self.loop.create_task(self._answer(**order))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            rid = order["rid"]
+            self.tasks[rid] = self.loop.create_task(self._answer(**order))
+            self.tasks[rid].add_done_callback(lambda _: self.tasks.pop(rid))
         elif kind == "abort":
-            self.engine.tokenizer_manager.abort_request(order["rid"])
+            self._abort(order["rid"])
+
+    def _abort(self, rid: str) -> None:
+        """SGLang forgets an abort that comes while the video is still read, and does not take a second one."""
+        if rid not in self.tasks:
+            return
+        state = self.engine.tokenizer_manager.rid_to_state.get(rid)
+        if state is not None and state.dispatched:
+            self.engine.tokenizer_manager.abort_request(rid)
+        else:
+            self.loop.call_later(ABORT_AGAIN_S, self._abort, rid)
 
     async def _answer(self, *, rid: str, video: str, question: str, sampling: dict[str, Any]) -> None:
+        if self.gang.decoders:
+            video = f"{SCHEME}{rid}:{video}"
         try:
             found = await self.engine.async_generate(
                 prompt=self._prompt(question), video_data=[video], sampling_params=sampling, rid=rid

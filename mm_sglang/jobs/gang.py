@@ -26,5 +26,12 @@ class Gang:
     token: str
     name: str
 
+    @property
+    def host(self) -> str:
+        """Where this job's messages go; the same kind of address serves the replica's own."""
+        import ray
+
+        return "127.0.0.1" if self.hub.startswith("tcp://127.") else str(ray.util.get_node_ip_address())
+
     def flags(self) -> list[str]:
         return ["--tp-size", str(self.gpus), *self.extra]

@@ -18,7 +18,7 @@ from mm_sglang.jobs.inputs import Input
 from mm_sglang.jobs.replica import Patience, Replica, ReplicaError
 from mm_sglang.jobs.results import Line, Results
 from mm_sglang.jobs.schema import Schema, mismatch
-from mm_sglang.parallel.placement import host_for_messages
+from mm_sglang.parallel.placement import free_cpus, host_for_messages
 from mm_sglang.parallel.wire import Hub, Message
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Job:
         self.hub = Hub(host_for_messages())
         gang = Gang(
             model=options.model, config=options.config, extra=options.extra, gpus=options.gpus,
-            decoders=0, hub=self.hub.address, token=self.hub.token, name=name,
+            decoders=free_cpus(options.replicas), hub=self.hub.address, token=self.hub.token, name=name,
         )  # fmt: skip
         self.replicas = [
             Replica(number, gang, self.hub, patience or Patience(), on_event=on_event or self._tell)

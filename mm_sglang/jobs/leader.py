@@ -50,8 +50,11 @@ class Leader:
         from sglang.srt.ray.engine import RayEngine
         from sglang.srt.server_args import prepare_server_args
 
-        from mm_sglang.compat import ray_ranks
+        from mm_sglang.compat import decoded_video, ray_ranks
+        from mm_sglang.parallel.decoding import Decoders
 
+        if self.gang.decoders:
+            decoded_video.install(Decoders(self.gang.decoders), self.gang.host, self._decoded)
         load_plugins()  # before the arguments are parsed: mm_sparse is a choice of theirs
         ray_ranks.install(self.gang, environment)
         group, (port, self.lease) = self.group, leased_port()
@@ -68,6 +71,9 @@ class Leader:
                 Engine.__init__(self, server_args=arguments)
 
         return Placed()
+
+    def _decoded(self, rid: str, there: int, wanted: int) -> None:
+        self.peer.send("decoded", rids=[rid], there=there, wanted=wanted)
 
 
 def leased_port() -> tuple[int, socket.socket]:

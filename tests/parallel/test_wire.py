@@ -6,7 +6,7 @@ import msgpack
 import pytest
 import zmq
 
-from mm_sglang.parallel.wire import Hub, Peer
+from mm_sglang.parallel.wire import Hub, Message, Peer
 
 
 def test_messages_go_both_ways() -> None:
@@ -38,7 +38,7 @@ def test_a_message_without_the_token_is_dropped(data: bytes) -> None:
     stranger.connect(hub.address)
     stranger.send(data)
     peer = Peer(hub.address, hub.token, "ours")
-    heard = []
+    heard: list[tuple[str, Message]] = []
     while not heard or not hub.refused:
         peer.send("beat")
         heard += list(hub.receive(0.1))
