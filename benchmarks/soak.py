@@ -91,7 +91,7 @@ class Soak:
             self.job.waiting.extend(waiting)
             fault |= {"held": held, "free_s": time.monotonic() - fault["at"]}
         else:
-            peer = self.chance.choice(sorted(replica.processes))
+            peer = self.chance.choice(sorted(replica.processes))  # a rank, the leader or a decoder
             fault["who"] = peer.rpartition(".")[2]
             os.kill(replica.processes[peer].pid, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
         self.done.append(fault)
@@ -116,11 +116,11 @@ def soak(faults: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     kinds = [FAULTS[number % len(FAULTS)] for number in range(faults)]
     chance.shuffle(kinds)
     model = make_tiny_model(folder / "model")
-    video = render_video(folder / "video.mp4", seconds=16.0, width=224, height=168).path
+    video = render_video(folder / "video.mp4", seconds=8.0, width=224, height=168).path
     options = JobOptions(
         videos=(video,), question="what?", model=str(model), out=folder / "out.jsonl", gpus=2, extra=FLAGS, max_tokens=8
     )
-    inputs = [read_inputs([video], number)[0] for number in range(3 * faults + 4)]
+    inputs = [read_inputs([video], number)[0] for number in range(2 * faults + 4)]
     before = children()
     began = time.monotonic()
     with ExitStack() as stack:

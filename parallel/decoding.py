@@ -10,12 +10,16 @@ import bisect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mm_sglang.parallel.beat import start_beat
 from mm_sglang.parallel.wire import Hub, Peer
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 Frames = npt.NDArray[np.uint8]  # [frames, height, width, 3]
 BATCH = 8  # frames of a message
@@ -37,9 +41,10 @@ class VideoFacts:
 class Decoder:
     """A Ray actor with one CPU. It keeps the video it read last open: opening means to index the whole file."""
 
-    def __init__(self) -> None:
+    def __init__(self, hub: str, token: str, name: str) -> None:
         self.path = ""
         self.reader: Any = None
+        start_beat(Peer(hub, token, name), dict)
 
     def facts(self, path: str) -> VideoFacts:
         reader = self._open(path)
@@ -78,14 +83,18 @@ class Decoder:
 
 
 class Decoders:
-    """Several of them, started at once and ended with the process that made them."""
+    """One for each of the placement group's bundles from `first` on; they are of the gang `name` and fail with it."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, group: PlacementGroup, first: int, hub: str, token: str, name: str) -> None:
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        # Stateless: Ray starts one that dies again, and calls it again; its frames then come twice to the same place.
-        actor = ray.remote(Decoder).options(num_cpus=1, num_gpus=0, max_restarts=-1, max_task_retries=2)
-        self.actors = [actor.remote() for _ in range(count)]
+        self.actors = [
+            ray.remote(Decoder)
+            .options(num_cpus=1, num_gpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle))
+            .remote(hub, token, f"{name}.decoder{bundle - first}")
+            for bundle in range(first, group.bundle_count)
+        ]
 
     def facts(self, path: str) -> VideoFacts:
         import ray
@@ -95,7 +104,7 @@ class Decoders:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.GetTimeoutError as error:
-            raise RuntimeError(f"no decoder answers within {SILENCE_S:.0f} s: is a CPU free?") from error
+            raise RuntimeError(f"no decoder answers within {SILENCE_S:.0f} s") from error
         return facts
 
     def decode(

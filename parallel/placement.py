@@ -79,16 +79,24 @@ def host_for_messages() -> str:
     return str(here) if others else "127.0.0.1"
 
 
-def place(gpus: int, name: str) -> PlacementGroup:
-    """One-GPU bundles, inside one host if any host has that many GPUs."""
-    largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-    return placement_group([{"GPU": 1}] * gpus, strategy="STRICT_PACK" if largest >= gpus else "PACK", name=name)
+def place(gpus: int, cpus: int, name: str) -> PlacementGroup:
+    """One-GPU bundles, then one-CPU bundles, inside one host if any host has that many of both."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = any(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes)
+    bundles = [{"GPU": 1.0}] * gpus + [{"CPU": 1.0}] * cpus
+    return placement_group(bundles, strategy="STRICT_PACK" if fits else "PACK", name=name)
 
 
 def no_place(group: PlacementGroup, seconds: float) -> str:
     """What is missing for a group that is still waiting."""
-    free, has = (int(of.get("GPU", 0)) for of in (ray.available_resources(), ray.cluster_resources()))
-    return f"no place for {group.bundle_count} GPUs after {seconds:.0f} s: {free} of the cluster's {has} are free"
+    free, has = ray.available_resources(), ray.cluster_resources()
+    missing = []
+    for kind in ("GPU", "CPU"):
+        if needs := sum(int(bundle.get(kind, 0)) for bundle in group.bundle_specs):
+            missing.append(
+                f"{needs} {kind}s ({free.get(kind, 0):.0f} of the cluster's {has.get(kind, 0):.0f} are free)"
+            )
+    return f"no place after {seconds:.0f} s: needs {' and '.join(missing)}"
 
 
 def reap(processes: Iterable[Process]) -> None:

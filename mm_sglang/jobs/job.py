@@ -59,8 +59,10 @@ class Job:
     ) -> None:
         self.options, self.schema, self.results = options, schema, results
         self.hub = Hub(host_for_messages())
+        # Else a model may go on with white space inside the grammar until its tokens are used up.
+        compact = () if schema is None else ("--constrained-json-disable-any-whitespace",)
         gang = Gang(
-            model=options.model, config=options.config, extra=options.extra, gpus=options.gpus,
+            model=options.model, config=options.config, extra=(*options.extra, *compact), gpus=options.gpus,
             decoders=free_cpus(options.replicas), hub=self.hub.address, token=self.hub.token, name=name,
         )  # fmt: skip
         self.replicas = [

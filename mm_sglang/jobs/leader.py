@@ -54,7 +54,8 @@ class Leader:
         from mm_sglang.parallel.decoding import Decoders
 
         if self.gang.decoders:
-            decoded_video.install(Decoders(self.gang.decoders), self.gang.host, self._decoded)
+            decoders = Decoders(self.group, self.gang.gpus, self.gang.hub, self.gang.token, self.gang.name)
+            decoded_video.install(decoders, self.gang.host, self._decoded)
         load_plugins()  # before the arguments are parsed: mm_sparse is a choice of theirs
         ray_ranks.install(self.gang, environment)
         group, (port, self.lease) = self.group, leased_port()

@@ -64,7 +64,7 @@ class Replica:
     def start(self) -> None:
         """Ask for a place; `watch` starts the processes there, and a message says when they serve."""
         if self._group is None:
-            self._group = place(self.gang.gpus, f"{self.gang.name}.{self.number}")
+            self._group = place(self.gang.gpus, self.gang.decoders, f"{self.gang.name}.{self.number}")
         self.ready, self._broken, self._run, self._since = False, None, None, time.monotonic()
 
     def _launch(self, group: PlacementGroup) -> None:
