@@ -37,6 +37,7 @@ from mm_sglang.parallel.placement import connect
 FAULTS = ("kill", "stop", "abort")
 NOTICED_S, BACK_S = 5.0, 60.0  # the marks
 PAGES_S = 10.0  # an abort has given everything back by then
+MARK = "MM_SGLANG_SOAK"  # a variable that every process of the job inherits
 FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "64", "--disable-radix-cache")
 
 
@@ -121,7 +122,7 @@ def soak(faults: int, folder: Path, seed: int = 0) -> dict[str, Any]:
         videos=(video,), question="what?", model=str(model), out=folder / "out.jsonl", gpus=2, extra=FLAGS, max_tokens=8
     )
     inputs = [read_inputs([video], number)[0] for number in range(2 * faults + 4)]
-    before = children()
+    os.environ[MARK] = mark = f"{os.getpid()}-{time.monotonic_ns()}"
     began = time.monotonic()
     with ExitStack() as stack:
         results = stack.enter_context(Results(options.out))
@@ -137,9 +138,9 @@ def soak(faults: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     answers = {line["answer"] for line in lines if "error" not in line}
     assert len(answers) == 1, f"answers to one prompt differ: {answers}"
     end = time.monotonic() + PAGES_S
-    while (left := children() - before) and time.monotonic() < end:
+    while (left := left_behind(mark)) and time.monotonic() < end:
         time.sleep(0.2)
-    assert not left, f"processes left: {[' '.join(psutil.Process(pid).cmdline()[:3]) for pid in left]}"
+    assert not left, f"processes left: {left}"
     return summary(test.done, lines) | {"seconds": round(time.monotonic() - began), "inputs": len(inputs)}
 
 
@@ -162,14 +163,16 @@ def summary(done: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str
     return {"faults": counts, **figures, "answers": len(lines) - len(errors), "error lines": len(errors)}
 
 
-def children() -> set[int]:
-    """Every process of this machine that runs this interpreter or Ray's own programs, and is no zombie."""
-    found = set()
-    for process in psutil.process_iter(["cmdline", "status", "name"]):
-        words = " ".join(process.info["cmdline"] or [])
-        ours = "ray" in words or "detokenizer" in words or "multiprocessing" in words
-        if ours and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
-            found.add(process.pid)
+def left_behind(mark: str) -> list[str]:
+    """Command lines of living processes that inherited this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
+            if alive and process.environ().get(MARK) == mark:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
     return found
 
 
