@@ -41,9 +41,9 @@ def decoder() -> Decoder:
 def test_pixels(tmp_path: Path) -> None:
     from decord import VideoReader, cpu
 
-    video = str(render_video(tmp_path / "video.mp4", seconds=5.0, width=96, height=64).path)
+    video = str(render_video(tmp_path / "video.mp4", seconds=5.0, width=224, height=168).path)
     facts = decoder().facts(video)
-    assert (facts.frames, facts.fps, facts.height, facts.width) == (40, 8.0, 64, 96) and facts.keyframes[0] == 0
+    assert (facts.frames, facts.fps, facts.height, facts.width) == (40, 8.0, 168, 224) and facts.keyframes[0] == 0
     wanted, size = list(range(3, 40, 3)), (56, 84)
     assert len(wanted) > BATCH
     hub = Hub("127.0.0.1", ahead=2)
