@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mm_sglang import __version__
+from mm_sglang.jobs.arguments import add_job_run, job_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mm-sglang", description="Sparse prefill for long video in SGLang.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mm-sglang {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,serve,search,report,convert,check}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{demo,serve,job,search,report,convert,check}"
+    )
 
     demo = commands.add_parser("demo", help="a real mp4 through SGLang, dense and sparse, on this machine")
     demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it makes (default: demo_out)")
@@ -47,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="spread each prefill over N GPUs, in blocks of 128 tokens, weights and KV cache whole on each",
     )  # fmt: skip
 
+    job = commands.add_parser("job", help="questions about many videos, on a Ray cluster")
+    job_commands = job.add_subparsers(dest="job_command", required=True, metavar="{run}")
+    add_job_run(job_commands)
+
     search = commands.add_parser(
         "search", allow_abbrev=False, help="the offline search for each head's pattern, on videos of yours"
     )
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(argv) > 1 and argv[0] == "serve" and argv[1].startswith("-") and argv[1] not in ("-h", "--help"):
         serve.error("MODEL comes first, then options")  # or the value of an option of SGLang's would pass for it
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command != "serve":
+    if rest and options.command not in ("serve", "job"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "demo":
@@ -89,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.model, config=options.sparse_config, extra=rest, max_video_tokens=options.max_video_tokens,
                 context_parallel=options.context_parallel,
             )  # fmt: skip
+        if options.command == "job":
+            return job_run(options, rest)
         if options.command == "convert":
             from mm_sglang.minference_config import convert as run_convert
 
@@ -117,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mm_sglang.check import print_check
 
         return print_check()
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, RuntimeError) as error:  # bad input, or a server that did not start
         print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

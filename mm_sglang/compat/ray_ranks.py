@@ -1,0 +1,35 @@
+"""SGLang's ranks as Ray actors of ours.
+
+Why: SGLang's SchedulerActor never calls load_plugins, so the backend `mm_sparse` is unknown in it; it
+    calls torch.cuda.set_device where there is no CUDA; and nobody watches it: a rank that is stopped, or whose
+    neighbour died in a collective, hangs until the process group's timeout.
+How: REPLACE `sglang.srt.ray.engine._create_scheduler_actor` by one that makes an actor of mm_sglang/jobs/rank.py, which
+    holds SGLang's. Installed in a replica's leader only, never by the plugin.
+Upstream: sglang/srt/ray/engine.py, sglang/srt/ray/scheduler_actor.py; sgl-project/sglang#26723 would load the plugins.
+Versions: 0.5.23. Remove when the actor class can be chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mm_sglang.jobs.gang import Gang
+
+
+def install(gang: Gang, environment: dict[str, str]) -> None:
+    import ray
+    import sglang.srt.ray.engine as engine
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from mm_sglang.jobs.rank import Rank
+
+    def create(*, pg: Any, bundle_idx: int, rank0_node_ip: str, **arguments: Any) -> Any:
+        actor = ray.remote(Rank).options(
+            num_cpus=0,
+            num_gpus=1,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(pg, placement_group_bundle_index=bundle_idx),
+            runtime_env={"env_vars": environment},
+        )
+        return actor.remote(gang, arguments["tp_rank"], arguments)
+
+    engine._create_scheduler_actor = create

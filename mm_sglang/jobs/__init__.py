@@ -1,0 +1,7 @@
+"""Ray jobs over long videos: `mm-sglang job run`, or `run_job` and `Replica` from Python.
+
+rank.py, leader.py    inside a replica: one SGLang rank each, and the process that asks them
+replica.py            a replica seen from the driver: placed, started, watched, killed, started again
+inputs.py, results.py what is asked, and the file of answers that a job is taken up from
+run.py                the job's loop
+"""

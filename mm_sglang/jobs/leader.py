@@ -1,0 +1,90 @@
+"""The process of a replica that asks its ranks: SGLang's RayEngine, driven by messages from the job's driver."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+
+from mm_sglang.jobs.asking import Asking
+from mm_sglang.jobs.detokenizer import run_detokenizer
+from mm_sglang.jobs.gang import Gang
+from mm_sglang.parallel.beat import start_beat
+from mm_sglang.parallel.wire import Peer
+
+START_ERRORS = (ValueError, SystemExit)  # of settings: the next start would end the same way
+LEASE = "\0mm_sglang-port-{}"  # an abstract socket: one process of the host holds a name, and its death gives it back
+
+
+class Leader:
+    """A Ray actor; `run` lasts as long as the replica, so its end is the replica's end.
+
+    It has no coroutine: Ray would run all of it inside an event loop of its own, and SGLang needs one to itself.
+    """
+
+    def __init__(self, gang: Gang, group: PlacementGroup) -> None:
+        self.gang, self.group = gang, group
+        self.peer = Peer(gang.hub, gang.token, f"{gang.name}.leader")
+        start_beat(self.peer, dict)
+
+    def run(self) -> None:
+        try:
+            engine = self._start()
+        except START_ERRORS as error:
+            self.peer.send("refused", error=" ".join(str(error).split()), wait=True)
+            raise RuntimeError(f"refused: {error}") from error  # an actor that exits says less
+        Asking(engine, self.gang, self.peer).run()
+
+    def _start(self) -> Any:
+        from mm_sglang.serve import server_command
+
+        command, environment = server_command(
+            self.gang.model, config=self.gang.config, extra=self.gang.flags(), cores=os.cpu_count() or 1
+        )
+        os.environ.update(environment)
+
+        from sglang.srt.entrypoints.engine import Engine
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.ray.engine import RayEngine
+        from sglang.srt.server_args import prepare_server_args
+
+        from mm_sglang.compat import decoded_video, ray_ranks
+        from mm_sglang.parallel.decoding import Decoders
+
+        if self.gang.decoders:
+            decoders = Decoders(self.group, self.gang.gpus, self.gang.hub, self.gang.token, self.gang.name)
+            decoded_video.install(decoders, self.gang.host, self._decoded)
+        load_plugins()  # before the arguments are parsed: mm_sparse is a choice of theirs
+        ray_ranks.install(self.gang, environment)
+        group, (port, self.lease) = self.group, leased_port()
+        model, *flags = command[2:]
+        arguments = prepare_server_args(
+            ["--model-path", model, *flags, "--use-ray", "--nccl-port", str(port), "--log-level", "error"]
+        )
+
+        class Placed(RayEngine):  # type: ignore[misc]
+            _placement_group = group
+            run_detokenizer_process_func = staticmethod(run_detokenizer)
+
+            def __init__(self) -> None:  # RayEngine's own takes single arguments, not a parsed command line
+                Engine.__init__(self, server_args=arguments)
+
+        return Placed()
+
+    def _decoded(self, rid: str, there: int, wanted: int) -> None:
+        self.peer.send("decoded", rids=[rid], there=there, wanted=wanted)
+
+
+def leased_port() -> tuple[int, socket.socket]:
+    """A free port that no other replica on this host gets, and what holds it. SGLang's rank 0 binds it later."""
+    from sglang.srt.utils.network import get_free_port_below_ephemeral
+
+    while True:
+        port, lease = int(get_free_port_below_ephemeral()), socket.socket(socket.AF_UNIX)
+        try:
+            lease.bind(LEASE.format(port))
+            return port, lease
+        except OSError:
+            lease.close()

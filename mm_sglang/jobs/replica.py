@@ -1,0 +1,203 @@
+"""A replica seen from the driver. All of its ranks fail together: any one dead or silent, and the gang starts again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from mm_sglang.jobs.gang import Gang
+from mm_sglang.jobs.leader import Leader
+from mm_sglang.parallel.placement import Process, no_place, place, reap
+from mm_sglang.parallel.wire import Hub, Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """Seconds before something counts as dead."""
+
+    silence: float = 4.0  # no heartbeat of a process that serves
+    start_silence: float = 30.0  # the same while it imports and loads, which can keep Python's lock
+    start: float = 600.0  # from placed to serving
+    place: float = 60.0
+    stall: float = 300.0  # no chunk and no answer although something was asked: SGLang's own watchdog takes as long
+    starts: int = 4  # failed starts in a row before the job gives up
+
+
+class ReplicaError(RuntimeError):
+    """A replica that does not start any more."""
+
+
+@dataclass
+class Replica:
+    """Call `start`, hand it every message of its name, and call `watch` now and then.
+
+    Args:
+        number: among the job's replicas.
+        gang: what its processes are told; the name is a prefix here.
+    """
+
+    number: int
+    gang: Gang
+    hub: Hub
+    patience: Patience = field(default_factory=Patience)
+    ready: bool = False
+    generation: int = 0
+    failed_starts: int = 0
+    asked: dict[str, float] = field(default_factory=dict)  # rid -> when it last got anywhere
+    used: dict[str, int] = field(default_factory=dict)  # rank -> tokens of its pool that requests hold
+    processes: dict[str, Process] = field(default_factory=dict)
+    on_event: Callable[[str, Message], None] | None = None  # ("ready" | "down", facts), for tests and benchmarks
+    _beats: dict[str, float] = field(default_factory=dict)
+    _group: PlacementGroup | None = None
+    _leader: Any = None
+    _run: Any = None
+    _broken: str | None = None
+    _since: float = 0.0
+    _name: str = ""
+
+    def start(self) -> None:
+        """Ask for a place; `watch` starts the processes there, and a message says when they serve."""
+        if self._group is None:
+            self._group = place(self.gang.gpus, self.gang.decoders, f"{self.gang.name}.{self.number}")
+        self.ready, self._broken, self._run, self._since = False, None, None, time.monotonic()
+
+    def _launch(self, group: PlacementGroup) -> None:
+        self.generation += 1
+        self._name = f"{self.gang.name}.{self.number}.{self.generation}"
+        self._since = time.monotonic()
+        self._leader = (
+            ray.remote(Leader)
+            .options(
+                num_cpus=0,
+                num_gpus=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+                # it holds no GPU, but sees them as SGLang's tokenizer process does everywhere else
+                runtime_env={"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
+            )
+            .remote(replace(self.gang, name=self._name), group)
+        )
+        self._run = self._leader.run.remote()
+
+    def owns(self, peer: str) -> bool:
+        return peer.startswith(self._name + ".")
+
+    def hear(self, peer: str, message: Message) -> None:
+        """Take note of a message of this gang's."""
+        kind, now = message["kind"], time.monotonic()
+        if kind == "beat":
+            self._beats[peer] = now
+            self.processes[peer] = Process(pid=message["pid"], created=message["created"], node=message["node"])
+            if message.get("used") is not None:
+                self.used[peer] = message["used"]
+        elif kind == "ready":
+            self.ready, self.failed_starts = True, 0
+            self._beats = dict.fromkeys(self._beats, now)
+            self._event("ready", seconds=now - self._since)
+        elif kind == "broken":
+            self._broken = message["error"]
+        elif kind == "refused":
+            self.failed_starts = self.patience.starts  # no use in trying again
+            self._broken = message["error"]
+        elif kind in ("answer", "failed"):
+            self.asked.pop(message["rid"], None)
+        elif kind in ("chunk", "decoded"):
+            for rid in message["rids"]:
+                if rid in self.asked:
+                    self.asked[rid] = now
+
+    def ask(self, rid: str, *, video: str, question: str, sampling: dict[str, Any]) -> None:
+        self.asked[rid] = time.monotonic()
+        order = {"kind": "ask", "rid": rid, "video": video, "question": question, "sampling": sampling}
+        self.hub.send(f"{self._name}.orders", order)
+
+    def abort(self, rid: str) -> None:
+        """What was asked comes back as failed, and its pages are free on every rank."""
+        self.hub.send(f"{self._name}.orders", {"kind": "abort", "rid": rid})
+
+    def fault(self) -> str | None:
+        """Why the gang has to go, or None if all is well."""
+        now = time.monotonic()
+        if self._broken is not None:
+            return self._broken
+        if ray.wait([self._run], timeout=0)[0]:
+            return f"its leader ended: {_cause(self._run)}"
+        silence = self.patience.silence if self.ready else self.patience.start_silence
+        for peer, last in self._beats.items():
+            if now - last > silence:
+                return f"{peer.rpartition('.')[2]} has been silent for {now - last:.1f} s (killed, stopped or cut off)"
+        if not self.ready and now - self._since > self.patience.start:
+            return f"not ready after {self.patience.start:.0f} s"
+        for last in self.asked.values():
+            if now - last > self.patience.stall:
+                return f"no chunk for {self.patience.stall:.0f} s"
+        return None
+
+    def watch(self) -> dict[str, str]:
+        """Empty while all is well. Else the gang has been ended and is to start again: what it was asked, and why not.
+
+        Read its messages just before, or it looks silent.
+
+        Raises:
+            ReplicaError: no place for it, or it failed to start too often.
+        """
+        if self._run is None:
+            self._place_or_wait()
+            return {}
+        why = self.fault()
+        if why is None:
+            return {}
+        if not self.ready:
+            self.failed_starts += 1
+        lost = dict.fromkeys(self.asked, f"replica {self.number} failed: {why}")
+        self._event("down", error=why)
+        self.kill()
+        if self.failed_starts >= self.patience.starts:
+            raise ReplicaError(f"replica {self.number} does not start: {why}")
+        self.start()
+        return lost
+
+    def _place_or_wait(self) -> None:
+        assert self._group is not None, "start() comes first"
+        if self._group.wait(0):
+            self._launch(self._group)
+        elif time.monotonic() - self._since > self.patience.place:
+            raise ReplicaError(f"replica {self.number}: {no_place(self._group, self.patience.place)}")
+
+    def kill(self) -> None:
+        """End every process of the gang, stopped ones too; the placement group stays."""
+        self.ready = False
+        if self._leader is not None:
+            ray.kill(self._leader)
+            reap(self.processes.values())
+            self._leader = None
+        self._name = "of no gang"  # what the old one had sent and is still to come says nothing about the next
+        for table in (self.asked, self.used, self.processes, self._beats):
+            table.clear()
+
+    def close(self) -> None:
+        self.kill()
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    def _event(self, what: str, **facts: Any) -> None:
+        if self.on_event is not None:
+            self.on_event(what, {"replica": self.number, "generation": self.generation, **facts})
+
+
+def _cause(finished: Any) -> str:
+    """The last line of what a Ray call raised."""
+    try:
+        ray.get(finished, timeout=1)
+    except ray.exceptions.RayActorError:
+        return "killed or crashed"
+    except Exception as error:  # whatever it was, it has to be told
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[-1] if lines else type(error).__name__
+    return "without an error"

@@ -1,0 +1,130 @@
+"""`mm-sglang job run`: everything checked first, then the cluster, then the job's loop (job.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_sglang.jobs.inputs import read_inputs, require_files
+from mm_sglang.jobs.results import Results
+from mm_sglang.jobs.schema import Schema, read_schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """Args:
+    videos: files that every node sees under the same path.
+    schema: file with a JSON schema for the answers.
+    gpus: ranks of a replica; replicas: how many of them.
+    address: of the Ray cluster; without it RAY_ADDRESS, else a Ray of this machine's own.
+    config, extra: as for `mm-sglang serve`.
+    max_tokens: of an answer.
+    """
+
+    videos: tuple[Path, ...]
+    question: str
+    model: str
+    out: Path
+    schema: Path | None = None
+    gpus: int = 1
+    replicas: int = 1
+    address: str | None = None
+    config: str | None = None
+    extra: tuple[str, ...] = field(default=())
+    max_tokens: int = 256
+
+
+def run_job(options: JobOptions) -> int:
+    """Answer what is not answered yet; 0 if everything is at the end, 1 if a line says why not.
+
+    Raises:
+        ValueError: anything that can be known to be wrong beforehand; nothing is left running.
+        RuntimeError: no replica runs any more.
+    """
+    require_files(options.videos)
+    for name in ("gpus", "replicas", "max_tokens"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: needs at least 1")
+    schema = None if options.schema is None else read_schema(options.schema)
+    _require_settings(options)
+    with ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
+        results = stack.enter_context(Results(options.out))
+        _join_cluster(options, stack)
+        inputs = read_inputs(options.videos, _asked(options, schema))
+        results.retry({each.key for each in inputs})
+        open_inputs = [each for each in inputs if each.key not in results.done]
+        print(f"{len(inputs)} inputs, {len(inputs) - len(open_inputs)} of them done before", file=sys.stderr)
+        if not open_inputs:
+            return 0
+
+        from mm_sglang.jobs.job import Job
+
+        return Job(options, schema, open_inputs, results, name=secrets.token_hex(4)).run(stack)
+
+
+def _asked(options: JobOptions, schema: Schema | None) -> Any:
+    """What an answer depends on besides the video; how many GPUs compute it is no part of that."""
+    from mm_sglang.model_hash import model_hash
+
+    config = None if options.config is None else Path(options.config).read_text(encoding="utf-8")
+    settings = [config, list(options.extra), options.max_tokens]
+    return {"question": options.question, "schema": schema, "model": model_hash(options.model), "settings": settings}
+
+
+def _require_settings(options: JobOptions) -> None:
+    """What a replica's leader does when it starts, done here to hear of mistakes now."""
+    from mm_sglang.compat import require_supported_sglang
+    from mm_sglang.serve import server_command
+
+    require_supported_sglang()
+    for flag in ("--tp", "--tp-size", "--tensor-parallel-size"):
+        if flag in options.extra:
+            raise ValueError(f"{flag}: a job's ranks are counted by --gpus")
+    server_command(options.model, config=options.config, extra=options.extra, cores=1)
+
+
+def _join_cluster(options: JobOptions, stack: ExitStack) -> None:
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("jobs need Ray: `pip install ray==2.55.1`") from error
+    import torch
+
+    from mm_sglang.parallel.placement import cluster_gpus, connect, require_gpus
+
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    here = torch.cuda.device_count() or os.cpu_count() or 1  # a rank is a core where there is no GPU
+    if address == "local":
+        require_gpus(options.replicas, options.gpus, here)
+    stack.callback(ray.shutdown)
+    connect(address, gpus=here)
+    require_gpus(options.replicas, options.gpus, cluster_gpus())
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a job as Ctrl-C does: with its replicas."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Result lines by key."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line["key"]: line for line in lines}

@@ -1,0 +1,182 @@
+"""Videos decoded and resized by Ray CPU actors: keyframe ranges at once, pixels as uint8 straight to whoever asked.
+
+Only paths, numbers of frames and errors go through Ray. A video's frames come over a hub of its own; an actor has no
+more than a few messages under way, and no more than two ranges an actor are being decoded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mm_sglang.parallel.beat import start_beat
+from mm_sglang.parallel.wire import Hub, Peer
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+Frames = npt.NDArray[np.uint8]  # [frames, height, width, 3]
+BATCH = 8  # frames of a message
+UNDER_WAY = 2  # messages that an actor may be ahead of its reader
+PARTS_AN_ACTOR = 4
+SILENCE_S = 60.0
+TICK_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFacts:
+    frames: int
+    fps: float
+    height: int
+    width: int
+    keyframes: tuple[int, ...]
+
+
+class Decoder:
+    """A Ray actor with one CPU. It keeps the video it read last open: opening means to index the whole file."""
+
+    def __init__(self, hub: str, token: str, name: str) -> None:
+        self.path = ""
+        self.reader: Any = None
+        start_beat(Peer(hub, token, name), dict)
+
+    def facts(self, path: str) -> VideoFacts:
+        reader = self._open(path)
+        height, width = reader[0].shape[:2]
+        return VideoFacts(
+            frames=len(reader), fps=float(reader.get_avg_fps()), height=int(height), width=int(width),
+            keyframes=tuple(int(key) for key in reader.get_key_indices()),
+        )  # fmt: skip
+
+    def decode(self, path: str, wanted: list[int], at: int, size: tuple[int, int], hub: str, token: str) -> int:
+        """Send frames `wanted`, resized to `size`, as the result's frames from `at` on; returns how many."""
+        reader = self._open(path)
+        peer = Peer(hub, token, f"frames from {at}", ahead=UNDER_WAY)
+        try:
+            for begin in range(0, len(wanted), BATCH):
+                try:
+                    frames = reader.get_batch(wanted[begin : begin + BATCH]).asnumpy()
+                except Exception as error:
+                    raise ValueError(f"the video is truncated or damaged: {_last_line(error)}") from error
+                peer.send("frames", wait=True, at=at + begin, data=resize(frames, size).tobytes())
+        finally:
+            peer.close()
+        return len(wanted)
+
+    def _open(self, path: str) -> Any:
+        from decord import VideoReader, cpu
+
+        if path != self.path:
+            self.path, self.reader = "", None
+            try:
+                self.reader = VideoReader(path, ctx=cpu(0), num_threads=1)
+            except Exception as error:
+                raise ValueError(f"not a video, or truncated: {path} ({_last_line(error)})") from error
+            self.path = path
+        return self.reader
+
+
+class Decoders:
+    """One for each of the placement group's bundles from `first` on; they are of the gang `name` and fail with it."""
+
+    def __init__(self, group: PlacementGroup, first: int, hub: str, token: str, name: str) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self.actors = [
+            ray.remote(Decoder)
+            .options(num_cpus=1, num_gpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle))
+            .remote(hub, token, f"{name}.decoder{bundle - first}")
+            for bundle in range(first, group.bundle_count)
+        ]
+
+    def facts(self, path: str) -> VideoFacts:
+        import ray
+
+        try:
+            facts: VideoFacts = ray.get(self.actors[0].facts.remote(path), timeout=SILENCE_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise RuntimeError(f"no decoder answers within {SILENCE_S:.0f} s") from error
+        return facts
+
+    def decode(
+        self, path: str, facts: VideoFacts, wanted: Sequence[int], size: tuple[int, int], host: str,
+        progress: Callable[[int], None],
+    ) -> Frames:  # fmt: skip
+        """The frames `wanted`, in order. `progress` hears of how many are there."""
+        import ray
+
+        result: Frames = np.empty((len(wanted), *size, 3), dtype=np.uint8)
+        ranges = parts(wanted, facts.keyframes, PARTS_AN_ACTOR * len(self.actors))
+        hub, running, begun, there = Hub(host, ahead=UNDER_WAY), {}, 0, np.zeros(len(wanted), dtype=bool)
+        idle, last = [actor for actor in self.actors for _ in range(2)], time.monotonic()
+        try:
+            while not there.all():
+                while idle and begun < len(ranges):
+                    actor, (at, those) = idle.pop(), ranges[begun]
+                    running[actor.decode.remote(path, those, at, size, hub.address, hub.token)] = actor
+                    begun += 1
+                for _, message in hub.receive(TICK_S):
+                    block = np.frombuffer(message["data"], dtype=np.uint8).reshape(-1, *size, 3)
+                    result[message["at"] : message["at"] + len(block)] = block
+                    there[message["at"] : message["at"] + len(block)] = True
+                    last = time.monotonic()
+                progress(int(there.sum()))
+                done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+                for each in done:
+                    _raise_cause(each)
+                    idle.append(running.pop(each))
+                if time.monotonic() - last > SILENCE_S:
+                    raise RuntimeError(f"the decoders said nothing for {SILENCE_S:.0f} s")
+        finally:
+            hub.close()
+        return result
+
+
+def parts(wanted: Sequence[int], keyframes: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    """About `count` runs of `wanted` as (number of the first, frames), cut where a keyframe begins: no frame is decoded
+    for two of them."""
+    least = -(-len(wanted) // count)
+    found: list[tuple[int, list[int]]] = []
+    run: list[int] = []
+    for number, frame in enumerate(wanted):
+        same = run and bisect.bisect_right(keyframes, frame) == bisect.bisect_right(keyframes, run[-1])
+        if len(run) >= least and not same:
+            found.append((number - len(run), run))
+            run = []
+        run.append(frame)
+    return [*found, (len(wanted) - len(run), run)] if run else found
+
+
+def resize(frames: Frames, size: tuple[int, int]) -> Frames:
+    """As SGLang does with Qwen's videos, so that it finds nothing left to do."""
+    import torch
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resize as resized
+
+    planes = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [frames, 3, height, width]
+    found = resized(planes, list(size), interpolation=InterpolationMode.BILINEAR)
+    return np.ascontiguousarray(found.permute(0, 2, 3, 1).numpy())
+
+
+def _raise_cause(finished: Any) -> None:
+    import ray
+
+    try:
+        ray.get(finished)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+def _last_line(error: Exception) -> str:
+    """A decoder's own words, without its stack trace."""
+    lines = [line.strip() for line in str(error).split("Stack trace")[0].splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

@@ -1,0 +1,128 @@
+"""Where a job's processes run: the Ray cluster, a placement group of one-GPU bundles, and their certain end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+REACH_S = 3.0  # a cluster's head answers within this, or is not there
+REAP_S = 10.0
+MOST_DECODERS = 8  # of a replica
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process of a gang, as its heartbeat names it."""
+
+    pid: int
+    created: float
+    node: str
+
+
+def connect(address: str, *, gpus: int) -> None:
+    """Join the cluster at `address`, or start a Ray of this machine's own with so many GPUs if it is "local".
+
+    Raises:
+        ValueError: nothing answers there.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if address == "local":
+        ray.init(address="local", num_gpus=gpus, include_dashboard=False, **quiet)
+        return
+    if address != "auto":
+        _require_reachable(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"--address {address}: no Ray cluster there ({' '.join(str(error).split())[:200]})") from error
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ValueError(f"--address {address}: needs host:port of a Ray cluster's head, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--address {address}: no Ray cluster there ({error})") from error
+
+
+def cluster_gpus() -> int:
+    """All of them, also those in use."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def free_cpus(replicas: int) -> int:
+    """CPUs for each replica's decoders; 0 where all are taken, and SGLang then decodes by itself."""
+    return min(MOST_DECODERS, int(ray.available_resources().get("CPU", 0)) // replicas)
+
+
+def require_gpus(replicas: int, gpus: int, has: int) -> None:
+    """ValueError if `has` are fewer GPUs than replicas of `gpus` ranks need."""
+    if replicas * gpus > has:
+        raise ValueError(f"--replicas {replicas} x --gpus {gpus}: needs {replicas * gpus} GPUs, the cluster has {has}")
+
+
+def host_for_messages() -> str:
+    """Loopback if every node is this machine, else its address in the cluster."""
+    here = ray.util.get_node_ip_address()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] != here]
+    return str(here) if others else "127.0.0.1"
+
+
+def place(gpus: int, cpus: int, name: str) -> PlacementGroup:
+    """One-GPU bundles, then one-CPU bundles, inside one host if any host has that many of both."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = any(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes)
+    bundles = [{"GPU": 1.0}] * gpus + [{"CPU": 1.0}] * cpus
+    return placement_group(bundles, strategy="STRICT_PACK" if fits else "PACK", name=name)
+
+
+def no_place(group: PlacementGroup, seconds: float) -> str:
+    """What is missing for a group that is still waiting."""
+    free, has = ray.available_resources(), ray.cluster_resources()
+    missing = []
+    for kind in ("GPU", "CPU"):
+        if needs := sum(int(bundle.get(kind, 0)) for bundle in group.bundle_specs):
+            missing.append(
+                f"{needs} {kind}s ({free.get(kind, 0):.0f} of the cluster's {has.get(kind, 0):.0f} are free)"
+            )
+    return f"no place after {seconds:.0f} s: needs {' and '.join(missing)}"
+
+
+def reap(processes: Iterable[Process]) -> None:
+    """SIGKILL these processes and their children on whichever node they are; ray.kill cannot end a stopped one."""
+    by_node: dict[str, list[Process]] = {}
+    for process in processes:
+        by_node.setdefault(process.node, []).append(process)
+    here = ray.get_runtime_context().get_node_id()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    kill_all(by_node.pop(here, []))
+    remote = ray.remote(num_cpus=0, max_retries=0)(kill_all)
+    waiting = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(those)
+        for node, those in by_node.items()
+        if node in alive
+    ]
+    ray.wait(waiting, num_returns=len(waiting), timeout=REAP_S) if waiting else None
+
+
+def kill_all(processes: list[Process]) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.Error):
+            found = psutil.Process(process.pid)
+            if found.create_time() == process.created:
+                for each in [*found.children(recursive=True), found]:
+                    with suppress(psutil.Error):
+                        each.send_signal(signal.SIGKILL)

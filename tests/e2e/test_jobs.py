@@ -1,0 +1,90 @@
+"""`mm-sglang job run` on a Ray of this machine's own: answers, schema, resumption, faults, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from assets import Assets
+
+from benchmarks.soak import soak
+
+pytestmark = pytest.mark.e2e
+SCHEMA = {
+    "type": "object",
+    "properties": {"indoors": {"type": "boolean"}, "people": {"enum": [0, 1, 2]}},
+    "required": ["indoors", "people"],
+    "additionalProperties": False,
+}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of living processes that inherited this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MM_SGLANG_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) -> None:
+    """One video is answered as the schema says, one is no video, one vanishes while the job runs."""
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "gone.mp4").write_bytes((assets.folder / "tall.mp4").read_bytes())
+    out = tmp_path / "out.jsonl"
+    command = [
+        sys.executable, "-m", "mm_sglang", "job", "run", str(assets.folder / "wide.mp4"), "text.mp4", "gone.mp4",
+        "--question", "what is it?", "--model", str(assets.models["qwen2_5_vl"]), "--schema", "schema.json",
+        "--out", str(out), "--max-tokens", "64", "--max-total-tokens", "4096",
+    ]  # fmt: skip
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    environment = os.environ | {"MM_SGLANG_TEST": mark}
+
+    def vanish() -> None:  # after it was read for its key, before it is asked about: the replica starts in between
+        time.sleep(15)
+        (tmp_path / "gone.mp4").unlink()
+
+    threading.Thread(target=vanish).start()
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
+    assert first.returncode == 1, first.stderr
+    found = {Path(line["video"]).name: line for line in lines(out)}
+    assert len(lines(out)) == len(found) == 3
+    answer = found["wide.mp4"]["answer"]
+    assert (
+        set(answer) == {"indoors", "people"} and isinstance(answer["indoors"], bool) and answer["people"] in (0, 1, 2)
+    )
+    assert sum(tokens for tokens, _ in found["wide.mp4"]["chunks"]) == found["wide.mp4"]["prompt_tokens"]
+    assert "not a video" in found["text.mp4"]["error"]
+    assert "vanished while the job ran" in found["gone.mp4"]["error"]
+    assert left_behind(mark) == []
+
+    with out.open("ab") as file:  # as if the job had been killed in the middle of a line
+        file.write(b'{"key": "torn')
+    again = subprocess.run(
+        [*command[:5], str(assets.folder / "wide.mp4"), *command[8:]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "1 of them done before" in again.stderr and len(lines(out)) == 3
+
+
+def test_a_killed_a_stopped_and_an_aborted_rank(tmp_path: Path) -> None:
+    """Raises if a result is lost or doubled, a page or a process left, a mark missed."""
+    found = soak(3, tmp_path)
+    assert found["faults"] == {"kill": 1, "stop": 1, "abort": 1}

@@ -1,0 +1,90 @@
+"""`mm-sglang job run` refuses bad input in seconds: one clear line, exit code 2, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mm_sglang.jobs.results import Results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's config.json and a file to call a video: nothing here gets as far as reading them."""
+    folder = tmp_path_factory.mktemp("job")
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "text_config": {"num_hidden_layers": 4, "num_attention_heads": 8},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "video.mp4").write_bytes(b"video")
+    (folder / "no-schema.json").write_text('{"type": "strin"}')
+    return folder
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of living processes that inherited this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MM_SGLANG_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("videos", "options", "message"),
+    [
+        ([], [], "no videos: needs at least one file"),
+        (["gone.mp4"], [], "gone.mp4: needs a file"),
+        (["video.mp4"], ["--schema", "no-schema.json"], "not a JSON schema"),
+        (["video.mp4"], ["--gpus", "0"], "--gpus 0: needs at least 1"),
+        (["video.mp4"], ["--gpus", "64"], "needs 64 GPUs, the cluster has"),
+        (["video.mp4"], ["--gpus", "2", "--replicas", "64"], "needs 128 GPUs, the cluster has"),
+        (["video.mp4"], ["--out", "video.mp4/out.jsonl"], "cannot be written"),
+        (["video.mp4"], ["--address", "PORT"], "no Ray cluster there"),
+        (["video.mp4"], ["--address", "nonsense"], "needs host:port"),
+        (["video.mp4"], ["--tp", "2"], "--tp: a job's ranks are counted by --gpus"),
+        (["video.mp4"], ["--sparse-config", "gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_bad_input(folder: Path, videos: list[str], options: list[str], message: str) -> None:
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    options = [option.replace("PORT", f"127.0.0.1:{closed_port()}") for option in options]
+    if "--out" not in options:
+        options += ["--out", "out.jsonl"]
+    result = subprocess.run(
+        [sys.executable, "-m", "mm_sglang", "job", "run", *videos, "--question", "?", "--model", ".", *options],
+        cwd=folder, capture_output=True, text=True, timeout=60, env=os.environ | {"MM_SGLANG_TEST": mark},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    said = result.stderr.strip().splitlines()
+    assert len(said) == 1 and message in said[0], result.stderr
+    assert left_behind(mark) == []
+
+
+def test_a_file_that_another_job_writes(folder: Path) -> None:
+    from mm_sglang.jobs.run import JobOptions, run_job
+
+    with Results(folder / "used.jsonl"), pytest.raises(ValueError, match="another job is writing it"):
+        run_job(
+            JobOptions(
+                videos=(folder / "video.mp4",), question="?", model=str(folder), out=folder / "used.jsonl"
+            )
+        )  # fmt: skip
