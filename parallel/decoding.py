@@ -85,10 +85,13 @@ class Decoder:
 class Decoders:
     """One for each of the placement group's bundles from `first` on; they are of the gang `name` and fail with it."""
 
-    def __init__(self, group: PlacementGroup, first: int, hub: str, token: str, name: str) -> None:
+    def __init__(
+        self, group: PlacementGroup, first: int, hub: str, token: str, name: str, on_death: Callable[[str], None]
+    ) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        self.on_death = on_death
         self.actors = [
             ray.remote(Decoder)
             .options(num_cpus=1, num_gpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle))
@@ -103,6 +106,9 @@ class Decoders:
             facts: VideoFacts = ray.get(self.actors[0].facts.remote(path), timeout=SILENCE_S)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+        except ray.exceptions.RayActorError:
+            self.on_death("a decoder ended (killed or crashed)")
+            raise
         except ray.exceptions.GetTimeoutError as error:
             raise RuntimeError(f"no decoder answers within {SILENCE_S:.0f} s") from error
         return facts
@@ -132,13 +138,24 @@ class Decoders:
                 progress(int(there.sum()))
                 done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
                 for each in done:
-                    _raise_cause(each)
+                    self._raise_cause(each)
                     idle.append(running.pop(each))
                 if time.monotonic() - last > SILENCE_S:
                     raise RuntimeError(f"the decoders said nothing for {SILENCE_S:.0f} s")
         finally:
             hub.close()
         return result
+
+    def _raise_cause(self, finished: Any) -> None:
+        import ray
+
+        try:
+            ray.get(finished)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayActorError:
+            self.on_death("a decoder ended (killed or crashed)")
+            raise
 
 
 def parts(wanted: Sequence[int], keyframes: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
@@ -165,15 +182,6 @@ def resize(frames: Frames, size: tuple[int, int]) -> Frames:
     planes = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [frames, 3, height, width]
     found = resized(planes, list(size), interpolation=InterpolationMode.BILINEAR)
     return np.ascontiguousarray(found.permute(0, 2, 3, 1).numpy())
-
-
-def _raise_cause(finished: Any) -> None:
-    import ray
-
-    try:
-        ray.get(finished)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
 
 
 def _last_line(error: Exception) -> str:

@@ -125,9 +125,8 @@ class Job:
     def _listen(self, wait_s: float) -> None:
         for peer, message in self.hub.receive(wait_s):
             replica = next((each for each in self.replicas if each.owns(peer)), None)
-            if replica is None:  # of a gang that is gone
+            if replica is None or not replica.hear(peer, message):  # None: of a gang that is gone
                 continue
-            replica.hear(peer, message)
             kind = message["kind"]
             if kind in ("answer", "failed"):
                 self._ended(message)

@@ -12,6 +12,7 @@ from mm_sglang.jobs.asking import Asking
 from mm_sglang.jobs.detokenizer import run_detokenizer
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.parallel.beat import start_beat
+from mm_sglang.parallel.placement import cluster_gpus
 from mm_sglang.parallel.wire import Peer
 
 START_ERRORS = (ValueError, SystemExit)  # of settings: the next start would end the same way
@@ -43,6 +44,10 @@ class Leader:
         command, environment = server_command(
             self.gang.model, config=self.gang.config, extra=self.gang.flags(), cores=os.cpu_count() or 1
         )
+        if "SGLANG_PLATFORM" in environment:  # a rank is a core, found by the number of the GPU that Ray gave it
+            cores = os.cpu_count() or 1
+            binding = "|".join(str(gpu % cores) for gpu in range(cluster_gpus()))
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = binding
         os.environ.update(environment)
 
         from sglang.srt.entrypoints.engine import Engine
@@ -54,7 +59,8 @@ class Leader:
         from mm_sglang.parallel.decoding import Decoders
 
         if self.gang.decoders:
-            decoders = Decoders(self.group, self.gang.gpus, self.gang.hub, self.gang.token, self.gang.name)
+            gang = self.gang
+            decoders = Decoders(self.group, gang.gpus, gang.hub, gang.token, gang.name, self._broken)
             decoded_video.install(decoders, self.gang.host, self._decoded)
         load_plugins()  # before the arguments are parsed: mm_sparse is a choice of theirs
         ray_ranks.install(self.gang, environment)
@@ -72,6 +78,9 @@ class Leader:
                 Engine.__init__(self, server_args=arguments)
 
         return Placed()
+
+    def _broken(self, error: str) -> None:
+        self.peer.send("broken", error=error, wait=True)
 
     def _decoded(self, rid: str, there: int, wanted: int) -> None:
         self.peer.send("decoded", rids=[rid], there=there, wanted=wanted)

@@ -87,9 +87,11 @@ class Replica:
     def owns(self, peer: str) -> bool:
         return peer.startswith(self._name + ".")
 
-    def hear(self, peer: str, message: Message) -> None:
-        """Take note of a message of this gang's."""
+    def hear(self, peer: str, message: Message) -> bool:
+        """Take note of a message of this gang's; False for a failure that a broken gang explains."""
         kind, now = message["kind"], time.monotonic()
+        if kind == "failed" and self._broken is not None:
+            return False
         if kind == "beat":
             self._beats[peer] = now
             self.processes[peer] = Process(pid=message["pid"], created=message["created"], node=message["node"])
@@ -110,6 +112,7 @@ class Replica:
             for rid in message["rids"]:
                 if rid in self.asked:
                     self.asked[rid] = now
+        return True
 
     def ask(self, rid: str, *, video: str, question: str, sampling: dict[str, Any]) -> None:
         self.asked[rid] = time.monotonic()
