@@ -128,7 +128,7 @@ def check_model_folder(model: str, settings: SparseConfig) -> None:
 def _check_heads(model: str, size: int) -> None:
     """On a CPU SGLang pads KV heads that --tp-size doesn't divide; weights of whole heads don't fit those."""
     path = Path(model) / "config.json"
-    if not path.is_file():
+    if size == 1 or not path.is_file():
         return
     values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     heads = values.get("text_config", values)["num_key_value_heads"]

@@ -41,7 +41,7 @@ def has_prefilled(url: str, tokens: float) -> bool:
     return sparse_tokens(url) >= tokens
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
