@@ -47,6 +47,16 @@ FLAGS = (
     "--cuda-graph-max-bs-decode",
     "8",
 )
+
+
+def context_parallel(ranks: int) -> tuple[str, ...]:
+    """SGLang's own flags, as mm-sglang serve --context-parallel sets them."""
+    return (
+        "--tp-size", str(ranks), "--attn-cp-size", str(ranks), "--enable-prefill-cp", "--cp-strategy", "interleave",
+        "--cuda-graph-backend-prefill", "disabled",
+    )  # fmt: skip
+
+
 # architecture, sparse, ranks, flags
 SERVERS: dict[str, tuple[str, bool, int, tuple[str, ...]]] = {
     "dense": ("qwen2_5_vl", False, 1, ("--chunked-prefill-size", "2048")),
@@ -56,6 +66,8 @@ SERVERS: dict[str, tuple[str, bool, int, tuple[str, ...]]] = {
     "Qwen3-VL": ("qwen3_vl", True, 1, ("--chunked-prefill-size", "512")),
     "2 ranks": ("qwen2_5_vl", True, 2, ("--chunked-prefill-size", "512", "--tp", "2")),
     "4 ranks": ("qwen2_5_vl", True, 4, ("--chunked-prefill-size", "512", "--tp", "4")),
+    "context over 2": ("qwen2_5_vl", True, 2, ("--chunked-prefill-size", "512", *context_parallel(2))),
+    "context over 4": ("qwen2_5_vl", True, 4, ("--chunked-prefill-size", "2048", *context_parallel(4))),
 }
 TOKENS = 6
 
@@ -67,12 +79,15 @@ def servers() -> list[str]:
 
 @pytest.fixture(scope="module")
 def answers(assets: Assets) -> Iterator[dict[str, dict[str, Any]]]:
-    """server -> prompt -> the answer's tokens with their best log probabilities; all servers run at once."""
+    """server -> prompt -> the answer's tokens with their best log probabilities; all servers run at once.
+
+    A server that failed stands there with nothing but {"failed": error}, so that the others are tested all the same.
+    """
     config = assets.folder / "covering.yaml"
     config.write_text(yaml.safe_dump(COVERING))
     with ExitStack() as stack, ThreadPoolExecutor(len(SERVERS)) as pool:
 
-        def start(name: str) -> tuple[str, str]:
+        def run(name: str) -> dict[str, Any]:
             architecture, sparse, ranks, flags = SERVERS[name]
             model = str(assets.models[architecture])
             first = list(SERVERS).index(name) % (torch.cuda.device_count() - ranks + 1)
@@ -82,19 +97,15 @@ def answers(assets: Assets) -> Iterator[dict[str, dict[str, Any]]]:
             else:
                 command, environment = [sglang_script(), "serve", model, "--attention-backend", "fa3", *extra], {}
             log = assets.folder / f"{name.replace(' ', '-')}.log"
-            return name, stack.enter_context(Server(command, environment, log)).url
+            try:
+                server = stack.enter_context(Server(command, environment, log))
+                with ThreadPoolExecutor(len(assets.prompts)) as prompts:  # a batch of all
+                    answers = prompts.map(lambda parts: ask(server.url, parts), assets.prompts.values())
+                    return dict(zip(assets.prompts, answers, strict=True))
+            except (RuntimeError, requests.RequestException) as error:
+                return {"failed": error}
 
-        urls = dict(pool.map(start, servers()))
-        yield {
-            name: dict(
-                zip(
-                    assets.prompts,
-                    pool.map(lambda parts, url=url: ask(url, parts), assets.prompts.values()),  # a batch of all
-                    strict=True,
-                )
-            )
-            for name, url in urls.items()
-        }
+        yield dict(zip(servers(), pool.map(run, servers()), strict=True))
 
 
 def ask(url: str, parts: Any) -> list[dict[str, float]]:
@@ -121,14 +132,15 @@ def ask(url: str, parts: Any) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("prompt", ["text", "image", "video", "mixed"])
 @pytest.mark.parametrize("name", [name for name, (_, sparse, _, _) in SERVERS.items() if sparse])
-def test_covering_budgets_answer_as_dense_does(
-    name: str, prompt: str, answers: dict[str, dict[str, list[dict[str, float]]]]
-) -> None:
+def test_covering_budgets_answer_as_dense_does(name: str, prompt: str, answers: dict[str, dict[str, Any]]) -> None:
     """bf16 rounds two kernels differently, so log probabilities are compared, up to the first token that differs."""
     if name not in answers:
         pytest.skip(f"needs {SERVERS[name][2]} GPUs")
-    dense = answers["Qwen3-VL, dense" if name.startswith("Qwen3") else "dense"][prompt]
-    got = answers[name][prompt]
+    got, dense = answers[name], answers["Qwen3-VL, dense" if name.startswith("Qwen3") else "dense"]
+    for found in (got, dense):
+        if "failed" in found:
+            pytest.fail(str(found["failed"]))
+    got, dense = got[prompt], dense[prompt]
     assert len(got) == len(dense) == TOKENS
     for place, (a, b) in enumerate(zip(got, dense, strict=True)):
         common = set(a) & set(b)
