@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# torch 2.13's name, and the older one that it deprecates
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ranks:
@@ -33,7 +36,7 @@ class Ranks:
         [N * rows, ...] in the order of ranks."""
         part = part.contiguous()
         out = torch.empty((self.size * len(part), *part.shape[1:]), dtype=part.dtype, device=part.device)
-        work = dist.all_gather_single(out, part, group=self.group, async_op=True)
+        work = all_gather(out, part, group=self.group, async_op=True)
 
         def wait() -> torch.Tensor:
             work.wait()
