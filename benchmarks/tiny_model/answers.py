@@ -4,6 +4,10 @@ The frames of a round of steps are drawn and encoded together, task by task. The
 graph (plain calls on a CPU). Learning needs updates more than examples, and a step of 8K tokens takes the GPU some
 milliseconds where drawing and encoding its frames by itself keeps the CPU busy for ten times as long.
 
+The first token of an answer is also wanted at the word that its question asks by: one look at what is like that word
+gives it there. Handing it on to where the answer stands is then learnt at once; both steps together, from answers
+alone, stay at a guess among what the frames show (benchmarks/README.md, "Tries").
+
 Shapes: R prompts of a round, B of a step, N tokens of a prompt, A answer tokens of a prompt at most.
 """
 
@@ -25,7 +29,7 @@ from benchmarks.tiny_model.config import Config, Stage
 from benchmarks.tiny_model.forward import shown
 from benchmarks.tiny_model.inputs import IGNORED, Text
 from benchmarks.tiny_model.plans import least_tokens
-from benchmarks.tiny_model.words import tokenizer
+from benchmarks.tiny_model.words import ASKED_BY, tokenizer
 
 if TYPE_CHECKING:
     from benchmarks.tiny_model.train import Trainer
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 FLUSH_ROUNDS = 16  # between two looks at the GPU's results
 SAVE_S = 60.0
 GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
-ANSWER_TOKENS = 80  # of a prompt at most: 24 turns of three
+ANSWER_TOKENS = 104  # of a prompt at most: 24 turns of three, and 24 of the words that they ask by
 
 
 class Rounds(torch.utils.data.Dataset[list[Batch]]):
@@ -84,6 +88,8 @@ class Rows:
 def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
     """Draw and encode the frames of a round; `order` permutes its prompts."""
     tasks, length, device = list(trainer.config.tasks), batches[0].length, trainer.encoder.device
+    keys = torch.tensor([trainer.encoder.text.tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in ASKED_BY])
+    keys = keys.to(device, non_blocking=True)
     parts: list[list[torch.Tensor]] = []
     for batch in batches:
         tensors = batch.to_model(trainer.encoder, photographs=trainer.config.photographs)
@@ -95,7 +101,11 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
         goals = torch.full_like(where, IGNORED)
         first = torch.zeros_like(where, dtype=torch.bool)
         where[row, place], goals[row, place] = at, tensors["targets"]
-        first[row, place] = torch.cat([place.new_ones(1), tensors["turn"].diff()]) > 0
+        begins = torch.cat([place.new_ones(1), tensors["turn"].diff()]) > 0
+        first[row, place] = begins
+        key, at = asked_by(tensors["input_ids"], tensors["predicts"][begins], keys), tensors["turn"][begins]
+        turn = at - at[torch.searchsorted(row[begins], row[begins])]  # of the prompt
+        where[row[begins], -1 - turn], goals[row[begins], -1 - turn] = key % own, tensors["targets"][begins]
         parts.append([
             torch.nn.functional.pad(tensors["input_ids"], pad),
             torch.nn.functional.pad(tensors["mm_token_type_ids"], pad) > 0,
@@ -107,6 +117,13 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
         torch.cat(column)[order] for column in zip(*parts, strict=True)
     )
     return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, task)
+
+
+def asked_by(ids: torch.Tensor, answers: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The last of `keys` before each of `answers` (places in the flattened ids [B, N]), which are sorted."""
+    flat = ids.flatten()
+    at = torch.where(torch.isin(flat, keys), torch.arange(len(flat), device=flat.device), 0)
+    return at.cummax(0).values[answers]
 
 
 class Update:

@@ -61,23 +61,20 @@ class Config:
 CONFIGS = {
     "h200": Config(
         stages={
-            # The vision tower first (look.py), then contexts of one or two frames: only what is seen can be retrieved.
+            # The vision tower first (look.py): only what is seen can be retrieved.
             "look": Stage(
-                minutes=1.2, lr=1e-3, lr_end=5e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
-            ),
-            "marks": Stage(
-                minutes=1.5, lr=8e-4, lr_end=8e-4, lengths={64: 0.3, 80: 0.2, 128: 0.2, 256: 0.2, 512: 0.1},
+                minutes=1.2, lr=1e-3, lr_end=3e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
             ),
             "short": Stage(
-                minutes=2, lr=8e-4, lr_end=6e-4,
-                lengths={64: 0.05, 128: 0.1, 256: 0.2, 512: 0.3, 1024: 0.2, 2048: 0.15},
+                minutes=1.5, lr=8e-4, lr_end=6e-4,
+                lengths={64: 0.1, 128: 0.15, 256: 0.2, 512: 0.25, 1024: 0.2, 2048: 0.1},
             ),
             "medium": Stage(
-                minutes=3, lr=6e-4, lr_end=4e-4,
+                minutes=2.5, lr=6e-4, lr_end=4e-4,
                 lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
             ),
             "long": Stage(
-                minutes=5, lr=4e-4, lr_end=1e-5,
+                minutes=4, lr=4e-4, lr_end=1e-5,
                 lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
             ),
         }

@@ -1,14 +1,17 @@
 """The first stage of training: the vision tower learns to tell what a frame shows.
 
-Heads on the mean of a frame's tokens name its border, glyph, shape, ball, cell and captions; they are thrown away
-afterwards. Learnt from answers alone this takes many times longer: before the tower sees anything there is nothing to
-look up, and before anything is looked up there is nothing to see for.
+Heads on each token of a frame name its border, glyph, shape, ball, cell and captions; they are thrown away afterwards.
+Most of them are the words' own embeddings: the tokens come to say in the language model's terms what a frame shows, so
+that a question's word and the frame that it asks for are alike before the language model has learnt anything. Learnt
+from answers alone this takes many times longer: before the tower sees anything there is nothing to look up, and before
+anything is looked up there is nothing to see for.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +22,7 @@ from benchmarks.tiny_model import checkpoint, sprites
 from benchmarks.tiny_model.batches import Batch, loader
 from benchmarks.tiny_model.forward import vision_features
 from benchmarks.tiny_model.scenes import Clip, render
-from benchmarks.tiny_model.words import COLOURS, GLYPHS, SHAPES
+from benchmarks.tiny_model.words import COLOURS, GLYPHS, PLACES, SHAPES
 
 if TYPE_CHECKING:
     from benchmarks.tiny_model.train import Trainer
@@ -30,6 +33,7 @@ FIELDS = {"border": len(COLOURS), "glyph": len(GLYPHS), "shape": len(SHAPES), "b
 }
 NAMES = {number: name for name, number in sprites.NUMBER.items()}
 COLOUR_OF = {value: name for name, value in sprites.COLOUR_VALUES.items()}
+SHARPNESS = 12.0  # logit of a word that a token says as loudly as the word's own embedding does
 PLAIN = 0.1  # unmarked pairs of frames to each marked one
 
 
@@ -73,14 +77,38 @@ def marked_pairs(batch: Batch, choice: random.Random) -> list[Clip]:
 
 
 class Heads(torch.nn.Module):
-    """Logits of every field from a frame's tokens [F, n, hidden]."""
+    """Logits of every field from tokens [..., hidden].
 
-    def __init__(self, hidden: int) -> None:
+    Args:
+        embeddings: of the words, [vocabulary, hidden].
+        number: a word's number in the vocabulary.
+    """
+
+    def __init__(self, embeddings: torch.Tensor, number: Callable[[str], int]) -> None:
         super().__init__()
-        self.linear = torch.nn.Linear(hidden, sum(n + 1 for n in FIELDS.values()))
+        spoken = {
+            "border": [[f"Ġ{word}"] for word in COLOURS], "ball": [[f"Ġ{word}"] for word in COLOURS],
+            "shape": [[f"Ġ{word}"] for word in SHAPES], "glyph": [[glyph] for glyph in GLYPHS],
+            "cell": [[first, *(f"Ġ{word}" for word in rest)] for first, *rest in (place.split() for place in PLACES)],
+        }  # fmt: skip
+        words = embeddings.detach().float()
+        scale = SHARPNESS / words.square().sum(1).median()
+        self.words = {
+            name: torch.stack([words[[number(word) for word in answer]].sum(0) / len(answer) ** 0.5 for answer in said])
+            * scale for name, said in spoken.items()
+        }  # fmt: skip
+        hidden = words.shape[1]
+        self.learnt = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(hidden, 1 if name in spoken else count + 1) for name, count in FIELDS.items()}
+        )
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.linear(tokens.float().mean(1)).split([n + 1 for n in FIELDS.values()], 1)  # type: ignore[no-any-return]
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens = tokens.float()
+        learnt = {name: head(tokens) for name, head in self.learnt.items()}
+        return {
+            name: torch.cat([tokens @ self.words[name].t(), out], -1) if name in self.words else out
+            for name, out in learnt.items()
+        }
 
 
 def train(trainer: Trainer, stage_name: str, end: float) -> None:
@@ -89,7 +117,8 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
 
     last, progress, encoder = time.monotonic(), trainer.progress, trainer.encoder
     stage = trainer.config.stages[stage_name]
-    heads = Heads(trainer.config.sizes.hidden).to(encoder.device)
+    words = trainer.model.get_input_embeddings().weight
+    heads = Heads(words, encoder.text.tokenizer.convert_tokens_to_ids).to(encoder.device)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=stage.lr, betas=trainer.config.betas)
     batches, bar = loader(trainer.config, stage, progress.micro), tqdm(unit="step", mininterval=5)
     while time.monotonic() < end:
@@ -107,10 +136,10 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
             tokens = vision_features(trainer.model, pixels, [(t, h, w)]).view(t, h * w // 4, -1)
             rows = [labels(clip) for clip in clips]
             loss = torch.zeros((), device=tokens.device)
-            for logits, name in zip(heads(tokens), FIELDS, strict=True):
+            for name, logits in heads(tokens).items():
                 goal = torch.tensor([row[name] for row in rows]).to(tokens.device, non_blocking=True)
-                loss = loss + cross_entropy(logits, goal)
-                rights.append((logits.argmax(1) == goal).float().mean())
+                loss = loss + cross_entropy(logits.flatten(0, 1), goal.repeat_interleave(tokens.shape[1]))
+                rights.append((logits.argmax(-1) == goal[:, None]).float().mean())
             (loss / stage.micros).backward()  # type: ignore[no-untyped-call]
             trainer.master.add_gradients()
             losses.append(loss.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from mm_sglang.demo.tiny_model import SPECIAL, _save_processor
 
 PARAMETERS = 12_400_000  # at most: bf16 then takes less than 24 MiB
 POSITIONS = 1 << 20
+ROPE_THETA, MROPE_SECTION = 1e6, (8, 12, 12)
+LIKENESS, CLOSENESS = 1.7, 1.5  # of a query and a key that match, by content or by distance
+LOOKS_BACK = (0, 1, 2, 3, 5, 9)  # tokens, of one head each
 
 
 def new_model(sizes: Sizes, seed: int) -> Any:
@@ -29,7 +33,7 @@ def new_model(sizes: Sizes, seed: int) -> Any:
         vocab_size=-(-len(tokenizer()) // 64) * 64, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
         head_dim=64, max_position_embeddings=POSITIONS, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": list(MROPE_SECTION)},
         eos_token_id=ids["<|im_end|>"], bos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"],
     )  # fmt: skip
     vision = dict(
@@ -54,7 +58,7 @@ def new_model(sizes: Sizes, seed: int) -> Any:
 
 @torch.no_grad()
 def _initialise(model: Any, sizes: Sizes, seed: int) -> None:
-    """Unit-variance maps; sharper queries and keys, as flat attention starts retrieval late; residual writes small."""
+    """Unit-variance maps, residual writes small; the language model's attention as in `_looks_for_the_like`."""
     source = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -63,14 +67,45 @@ def _initialise(model: Any, sizes: Sizes, seed: int) -> None:
                 parameter.zero_()
             continue
         gain = 1.0
-        if "q_proj" in name or "k_proj" in name:
-            gain = 1.4
+        if "language" in name and ("q_proj" in name or "k_proj" in name):
+            gain = 0.15
         elif any(part in name for part in ("o_proj", "down_proj", "attn.proj")):
             gain = (2 * (sizes.layers if "language" in name else sizes.vision_depth)) ** -0.5
-        elif "lm_head" in name:
-            gain = 0.5
         std = 0.5 if "embed_tokens" in name else gain * parameter[0].numel() ** -0.5
         parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=source))
+    words = model.get_input_embeddings().weight
+    model.lm_head.weight.copy_(words * (10 / words.square().sum(1).median()))
+    for number, layer in enumerate(model.model.language_model.layers):
+        _looks_for_the_like(layer.self_attn, sizes, number, source)
+
+
+def _looks_for_the_like(attention: Any, sizes: Sizes, layer: int, source: torch.Generator) -> None:
+    """Queries equal keys, outputs undo values; after Trockman and Kolter, Mimetic Initialization (arXiv 2305.09828).
+
+    Half of the heads compare content, in the rotary pairs of columns, which hardly turn within a million positions. The
+    others look a few tokens back: constant queries and keys in the pairs of time and row, turned by that distance.
+    """
+    hidden, width, group = sizes.hidden, 64, sizes.heads // sizes.kv_heads
+    query, key, value, out = (getattr(attention, f"{name}_proj") for name in "qkvo")
+    turning = torch.arange(sum(MROPE_SECTION[:2]))
+    still = torch.tensor([at for at in range(width) if at % (width // 2) >= len(turning)])
+    frequency = ROPE_THETA ** (-2 * turning / width)
+    backs = itertools.cycle(LOOKS_BACK[layer % 2 :])
+    for kv in range(sizes.kv_heads):
+        same, kept = (
+            torch.empty(rows, hidden).normal_(0.0, hidden**-0.5, generator=source) for rows in (len(still), width)
+        )
+        key.weight[kv * width + still] = same * LIKENESS
+        key.bias[kv * width + turning] = CLOSENESS
+        value.weight[kv * width : (kv + 1) * width] = kept
+        for head in range(kv * group, (kv + 1) * group):
+            content = head % 2 == 0
+            query.weight[head * width + still] = same * (LIKENESS if content else 0.3 * LIKENESS)
+            out.weight[:, head * width : (head + 1) * width] = kept.t() * (0.7 if content else 0.35)
+            if not content:
+                angle = frequency * next(backs)
+                query.bias[head * width + turning] = CLOSENESS * angle.cos()
+                query.bias[head * width + width // 2 + turning] = -CLOSENESS * angle.sin()
 
 
 def save_files(folder: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from benchmarks.tiny_model.scenes import SPLITS, Clip, new_clip
 
 FRAME_SIDES = (112, 140, 168, 196, 224, 252, 280, 308, 336)  # SGLang enlarges frames of fewer than 128 tokens
-SECONDS = (0.5, 1.0, 1.0, 2.0)
+# from one pair of frames to the next; training sees the positions of long videos in short contexts already
+SECONDS = {"train": (0.5, 1.0, 1.0, 2.0, 5.0, 15.0, 40.0), "test": (0.5, 1.0, 1.0, 2.0)}
 TURN_TOKENS = 28  # at most, a question and its answer with the chat template's marks around them
 EDGE_TOKENS = 16  # the first user's mark and what encloses a video or an image
 
@@ -71,7 +72,7 @@ def video(request: Request, tokens: int, shape: random.Random, choice: random.Ra
     pairs = tokens // (high * wide // 784)
     if pairs < 1:
         raise ValueError(f"tokens={request.tokens}: leaves {tokens} tokens for a video, which needs at least 16")
-    return new_clip(2 * pairs, high, wide, shape.choice(SECONDS), choice, request.split)
+    return new_clip(2 * pairs, high, wide, shape.choice(SECONDS[request.split]), choice, request.split)
 
 
 def places(count: int, pairs: int, choice: random.Random, depth: float | None) -> list[int]:

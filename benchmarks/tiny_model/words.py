@@ -26,6 +26,7 @@ CODES = _words(
     "amber birch cedar delta ember frost grape hazel ivory jade kayak lemon maple north ocean pearl "
     "quartz river solar tulip umber velvet willow xenon yacht zebra anchor bronze copper daisy"
 )
+ASKED_BY = (*COLOURS, *SHAPES, *NAMES)  # each question has one of these words, by which its answer is looked up
 ADJECTIVES = _words("old new small large quiet loud bright dark slow fast warm cold round tall plain wild")
 NOUNS = _words(
     "house tree dog bird train road lake stone field boat cloud street horse garden window bridge "
