@@ -272,7 +272,7 @@ def test_a_resumed_training_goes_on_as_an_unbroken_one(tmp_path: Path) -> None:
 
 def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path) -> None:
     usual = CONFIGS["smoke"].stages["short"]
-    stages = {"look": replace(usual, minutes=0.01, lengths={256: 1.0}, micros=1), "marks": replace(usual, minutes=0.02)}
+    stages = {"look": replace(usual, minutes=0.01, lengths={256: 1.0}, micros=1), "short": replace(usual, minutes=0.02)}
     config = replace(CONFIGS["smoke"], sizes=SMALL, stages=stages, workers=0, valid_samples=1, valid_lengths=(64,))
     trainer = Trainer(tmp_path, config, "cpu")
 
@@ -282,13 +282,41 @@ def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path)
 
     first = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     assert trainer.run(0.4)  # to the end of the last stage
-    assert trainer.progress.stage == "marks" and changed(trainer, first) == {True, False}
-    longer = {"look": stages["look"], "marks": replace(stages["marks"], minutes=1.0)}
+    assert trainer.progress.stage == "short" and changed(trainer, first) == {True, False}
+    longer = {"look": stages["look"], "short": replace(stages["short"], minutes=1.0)}
     again = Trainer(tmp_path, replace(config, stages=longer), "cpu")
     before = {name: weight.detach().clone() for name, weight in again.model.named_parameters()}
     assert not changed(trainer, before) and not again.run(0.05) and changed(again, before) == {False}
     rows = [json.loads(line) for line in (tmp_path / "model" / "log.jsonl").read_text().splitlines()]
-    assert any(row.get("stage") == "look" for row in rows) and any(row.get("stage") == "marks" for row in rows)
+    assert any(row.get("stage") == "look" for row in rows) and any(row.get("stage") == "short" for row in rows)
+
+
+def test_answers_are_wanted_where_they_stand_and_at_the_words_they_are_asked_by() -> None:
+    config = replace(CONFIGS["smoke"], tasks={"mm_niah": 1.0}, turns=24)
+    stage = replace(config.stages["short"], lengths={1024: 1.0}, micro_tokens=2048, micros=1)
+    (batch,) = Rounds(config, stage)[3]
+    spelt = words.tokenizer().convert_ids_to_tokens
+    hints = 0
+    for ids, where, goals, first in zip(
+        *(batch.tensors[name] for name in ("input_ids", "where", "goals", "first")), strict=True
+    ):
+        tokens = [token.removeprefix("Ġ") for token in spelt(ids.tolist())]
+        text = " ".join(token for token in tokens if "pad" not in token)
+        for at, goal, begins in zip(where.tolist(), spelt(goals.clamp(min=0).tolist()), first.tolist(), strict=True):
+            if goal == "<|endoftext|>":  # nothing wanted
+                continue
+            word = goal.removeprefix("Ġ")
+            if tokens[at] in words.CODES and word in words.NAMES:
+                assert f"The code of {word} is {tokens[at]} ." in text
+            elif tokens[at] in words.ASKED_BY:
+                assert f"{tokens[at]} ? <|im_end|>" in text or f"{tokens[at]} border show ?" in text
+                answer = tokens[tokens.index("assistant", at) + 2]
+                assert word == answer
+                hints += 1
+            else:
+                assert tokens[at + 1] == word
+                assert begins == (tokens[at - 1] == "assistant")
+    assert hints == batch.turns
 
 
 def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:

@@ -4,11 +4,12 @@ The frames of a round of steps are drawn and encoded together, task by task. The
 graph (plain calls on a CPU). Learning needs updates more than examples, and a step of 8K tokens takes the GPU some
 milliseconds where drawing and encoding its frames by itself keeps the CPU busy for ten times as long.
 
-The first token of an answer is also wanted at the word that its question asks by: one look at what is like that word
-gives it there. Handing it on to where the answer stands is then learnt at once; both steps together, from answers
-alone, stay at a guess among what the frames show (benchmarks/README.md, "Tries").
+Beside the answers two kinds of hints are wanted. The first token of an answer, at the word that its question asks by:
+one look at what is like that word gives it there, and handing it on to where the answer stands is then learnt at once.
+And whose code it is, at each code in the text. From answers alone all these steps would have to come together, and
+answers stay at a guess among what the frames show (benchmarks/README.md, "Tries").
 
-Shapes: R prompts of a round, B of a step, N tokens of a prompt, A answer tokens of a prompt at most.
+Shapes: R prompts of a round, B of a step, N tokens of a prompt, A wanted tokens of a prompt at most.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.tiny_model.config import Config, Stage
 from benchmarks.tiny_model.forward import shown
 from benchmarks.tiny_model.inputs import IGNORED, Text
 from benchmarks.tiny_model.plans import least_tokens
-from benchmarks.tiny_model.words import ASKED_BY, tokenizer
+from benchmarks.tiny_model.words import ASKED_BY, CODES, NAMES, tokenizer
 
 if TYPE_CHECKING:
     from benchmarks.tiny_model.train import Trainer
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 FLUSH_ROUNDS = 16  # between two looks at the GPU's results
 SAVE_S = 60.0
 GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
-ANSWER_TOKENS = 104  # of a prompt at most: 24 turns of three, and 24 of the words that they ask by
+WANTED = 128  # tokens of a prompt at most: 24 turns of three, 24 words that they ask by, 32 codes
 
 
 class Rounds(torch.utils.data.Dataset[list[Batch]]):
@@ -50,6 +51,7 @@ class Rounds(torch.utils.data.Dataset[list[Batch]]):
     def __getitem__(self, number: int) -> list[Batch]:
         if self.text is None:  # made in the worker
             self.text = Text(tokenizer())
+            self.words = Words.of(self.text.tokenizer)
         choice = random.Random(f"{self.config.seed}/round/{number}")
         length = choice.choices(list(self.stage.lengths), list(self.stage.lengths.values()))[0]
         tasks = {task: share for task, share in self.config.tasks.items() if length >= least_tokens(task)}
@@ -58,11 +60,14 @@ class Rounds(torch.utils.data.Dataset[list[Batch]]):
         )
         drawn = choice.choices(list(tasks), list(tasks.values()), k=rows)
         seed = (self.config.seed * 1_000_003 + number) * SEED_STRIDE
-        return [
+        batches = [
             plan_batch(self.text, task, length, drawn.count(task), seed=seed + at * (SEED_STRIDE >> 3), split="train",
                        turns=self.config.turns)
             for at, task in enumerate(tasks) if task in drawn
         ]  # fmt: skip
+        for batch in batches:
+            batch.tensors |= wanted(batch.tensors, self.words)
+        return batches
 
 
 @dataclass
@@ -73,7 +78,7 @@ class Rows:
     vision: torch.Tensor  # bool [R, N]
     shown: torch.Tensor  # [R, N, hidden] of the vision tokens
     positions: torch.Tensor  # int64 [3, R, N]
-    where: torch.Tensor  # int64 [R, A] token before each answer token; 0 where there is none
+    where: torch.Tensor  # int64 [R, A] token before each wanted one; 0 where there is none
     goals: torch.Tensor  # int64 [R, A], IGNORED where there is none
     first: torch.Tensor  # bool [R, A] first token of an answer
     task: torch.Tensor  # int64 [R] number of the task in the config
@@ -88,30 +93,18 @@ class Rows:
 def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
     """Draw and encode the frames of a round; `order` permutes its prompts."""
     tasks, length, device = list(trainer.config.tasks), batches[0].length, trainer.encoder.device
-    keys = torch.tensor([trainer.encoder.text.tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in ASKED_BY])
-    keys = keys.to(device, non_blocking=True)
     parts: list[list[torch.Tensor]] = []
     for batch in batches:
         tensors = batch.to_model(trainer.encoder, photographs=trainer.config.photographs)
         many, own = tensors["input_ids"].shape
         pad = (0, length - own)
-        row, at = tensors["predicts"] // own, tensors["predicts"] % own
-        place = torch.arange(len(row), device=device) - torch.searchsorted(row, row)  # of the token in its prompt
-        where = torch.zeros(many, ANSWER_TOKENS, dtype=torch.int64, device=device)
-        goals = torch.full_like(where, IGNORED)
-        first = torch.zeros_like(where, dtype=torch.bool)
-        where[row, place], goals[row, place] = at, tensors["targets"]
-        begins = torch.cat([place.new_ones(1), tensors["turn"].diff()]) > 0
-        first[row, place] = begins
-        key, at = asked_by(tensors["input_ids"], tensors["predicts"][begins], keys), tensors["turn"][begins]
-        turn = at - at[torch.searchsorted(row[begins], row[begins])]  # of the prompt
-        where[row[begins], -1 - turn], goals[row[begins], -1 - turn] = key % own, tensors["targets"][begins]
         parts.append([
             torch.nn.functional.pad(tensors["input_ids"], pad),
             torch.nn.functional.pad(tensors["mm_token_type_ids"], pad) > 0,
             torch.nn.functional.pad(shown(trainer.model, tensors), (0, 0, *pad)),
             torch.nn.functional.pad(tensors["position_ids"], pad).transpose(0, 1),
-            where, goals, first, torch.full((many,), tasks.index(batch.task), device=device),
+            tensors["where"], tensors["goals"], tensors["first"],
+            torch.full((many,), tasks.index(batch.task), device=device),
         ])  # fmt: skip
     ids, vision, seen, positions, where, goals, first, task = (
         torch.cat(column)[order] for column in zip(*parts, strict=True)
@@ -119,11 +112,38 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
     return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, task)
 
 
-def asked_by(ids: torch.Tensor, answers: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The last of `keys` before each of `answers` (places in the flattened ids [B, N]), which are sorted."""
+@dataclass(frozen=True)
+class Words:
+    """Numbers of the words that hints are about."""
+
+    asked_by: torch.Tensor
+    names: torch.Tensor
+    codes: torch.Tensor
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Words:
+        groups = ([tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in group] for group in (ASKED_BY, NAMES, CODES))
+        return cls(*map(torch.tensor, groups))
+
+
+def wanted(batch: dict[str, torch.Tensor], words: Words) -> dict[str, torch.Tensor]:
+    """Answers and hints of a batch (batches.Batch.tensors): `where`, `goals` and `first` of Rows, [B, WANTED] each."""
+    ids = batch["input_ids"]
+    rows, own = ids.shape
     flat = ids.flatten()
-    at = torch.where(torch.isin(flat, keys), torch.arange(len(flat), device=flat.device), 0)
-    return at.cummax(0).values[answers]
+    number = torch.arange(len(flat), device=ids.device)
+    begins = torch.cat([batch["turn"].new_ones(1), batch["turn"].diff()]) > 0
+    keys = torch.where(torch.isin(flat, words.asked_by), number, 0).cummax(0).values[batch["predicts"][begins]]
+    told = (torch.isin(flat, words.codes) & torch.isin(flat.roll(2), words.names)).nonzero()[:, 0]
+    at = torch.cat([batch["predicts"], keys, told])
+    goal = torch.cat([batch["targets"], batch["targets"][begins], flat[told - 2]])
+    first = torch.cat([begins, torch.zeros(len(keys) + len(told), dtype=torch.bool, device=ids.device)])
+    row, order = (at // own).sort(stable=True)
+    column = torch.arange(len(row), device=ids.device) - torch.searchsorted(row, row)
+    where = torch.zeros(rows, WANTED, dtype=torch.int64, device=ids.device)
+    goals, firsts = torch.full_like(where, IGNORED), torch.zeros_like(where, dtype=torch.bool)
+    where[row, column], goals[row, column], firsts[row, column] = (at % own)[order], goal[order], first[order]
+    return {"where": where, "goals": goals, "first": firsts}
 
 
 class Update:

@@ -44,7 +44,7 @@ class Config:
     sizes: Sizes = field(default_factory=Sizes)
     tasks: dict[str, float] = field(
         default_factory=lambda: {
-            "v_niah": 1.0, "mm_niah": 1.2, "tracking": 1.0, "order": 1.0, "counting": 0.8, "caption": 1.0,
+            "v_niah": 1.0, "mm_niah": 2.0, "tracking": 0.7, "order": 0.6, "counting": 0.5, "caption": 0.6,
         }
     )  # fmt: skip
     turns: int = 24
@@ -63,10 +63,10 @@ CONFIGS = {
         stages={
             # The vision tower first (look.py): only what is seen can be retrieved.
             "look": Stage(
-                minutes=1.2, lr=1e-3, lr_end=3e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
+                minutes=3.5, lr=1e-3, lr_end=1e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
             ),
             "short": Stage(
-                minutes=1.5, lr=8e-4, lr_end=6e-4,
+                minutes=2.5, lr=8e-4, lr_end=6e-4,
                 lengths={64: 0.1, 128: 0.15, 256: 0.2, 512: 0.25, 1024: 0.2, 2048: 0.1},
             ),
             "medium": Stage(
