@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 
 from mm_sglang.kernels.attend.reference import dense_rows
-from mm_sglang.kernels.inspection import recall, tile_map, tiles_by_head
+from mm_sglang.kernels.inspection import density, recall, tile_map
 from mm_sglang.kernels.layout import IMAGE, VIDEO, TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
-from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, Plan, device_ints
+from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, device_ints
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 
 CELLS = 64
@@ -107,12 +107,8 @@ def layer_curve(
         out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=scaled, scale=scale, engine=engine)
         error = float((out[at].float() - want).pow(2).sum())
         share = float(recall(lse[at].T, dense_lse).mean())
-        points.append([_density(plan), share, error, float(want.pow(2).sum())])
+        points.append([density(plan), share, error, float(want.pow(2).sum())])
     return points
-
-
-def _density(plan: Plan) -> float:
-    return sum(tiles_by_head(plan)) / (plan.causal_tiles * plan.heads)
 
 
 def maps_file(config: Path) -> Path:
