@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
+from benchmarks.processes import MARK, left_behind, new_mark
 from mm_sglang.demo.tables import machine
 from mm_sglang.demo.tiny_model import make_tiny_model
 from mm_sglang.demo.video import render_video
@@ -37,7 +37,6 @@ from mm_sglang.parallel.placement import connect
 FAULTS = ("kill", "stop", "abort")
 NOTICED_S, BACK_S = 5.0, 60.0  # the marks
 PAGES_S = 10.0  # an abort has given everything back by then
-MARK = "MM_SGLANG_SOAK"  # a variable that every process of the job inherits
 FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "64", "--disable-radix-cache")
 
 
@@ -122,7 +121,7 @@ def soak(faults: int, folder: Path, seed: int = 0) -> dict[str, Any]:
         videos=(video,), question="what?", model=str(model), out=folder / "out.jsonl", gpus=2, extra=FLAGS, max_tokens=8
     )
     inputs = [read_inputs([video], number)[0] for number in range(2 * faults + 4)]
-    os.environ[MARK] = mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    os.environ[MARK] = mark = new_mark()
     began = time.monotonic()
     with ExitStack() as stack:
         results = stack.enter_context(Results(options.out))
@@ -161,19 +160,6 @@ def summary(done: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str
     counts = {kind: sum(fault["kind"] == kind for fault in done) for kind in FAULTS}
     errors = [line["error"] for line in lines if "error" in line]
     return {"faults": counts, **figures, "answers": len(lines) - len(errors), "error lines": len(errors)}
-
-
-def left_behind(mark: str) -> list[str]:
-    """Command lines of living processes that inherited this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
-            if alive and process.environ().get(MARK) == mark:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from assets import Assets
 
+from benchmarks.processes import MARK, left_behind, new_mark
 from benchmarks.soak import soak
 
 pytestmark = pytest.mark.e2e
@@ -30,18 +30,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def left_behind(mark: str) -> list[str]:
-    """Command lines of living processes that inherited this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MM_SGLANG_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) -> None:
     """One video is answered as the schema says, one is no video, one vanishes while the job runs."""
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
@@ -53,8 +41,8 @@ def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) 
         "--question", "what is it?", "--model", str(assets.models["qwen2_5_vl"]), "--schema", "schema.json",
         "--out", str(out), "--max-tokens", "64", "--max-total-tokens", "4096",
     ]  # fmt: skip
-    mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = os.environ | {"MM_SGLANG_TEST": mark}
+    mark = new_mark()
+    environment = os.environ | {MARK: mark}
 
     def vanish() -> None:  # after it was read for its key, before it is asked about: the replica starts in between
         time.sleep(15)
