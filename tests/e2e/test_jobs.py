@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -43,14 +42,17 @@ def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) 
     ]  # fmt: skip
     mark = new_mark()
     environment = os.environ | {MARK: mark}
-
-    def vanish() -> None:  # after it was read for its key, before it is asked about: the replica starts in between
-        time.sleep(15)
-        (tmp_path / "gone.mp4").unlink()
-
-    threading.Thread(target=vanish).start()
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
-    assert first.returncode == 1, first.stderr
+    log, end = tmp_path / "stderr", time.monotonic() + 150
+    with log.open("w") as stderr:
+        first = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env=environment)
+    try:
+        while first.poll() is None and time.monotonic() < end and "3 inputs, 0 of them" not in log.read_text():
+            time.sleep(0.1)
+        (tmp_path / "gone.mp4").unlink()  # it was read for its key; the replica starts before it is asked about
+        first.wait(timeout=end - time.monotonic())
+    finally:
+        first.kill()
+    assert first.returncode == 1, log.read_text()
     found = {Path(line["video"]).name: line for line in lines(out)}
     assert len(lines(out)) == len(found) == 3
     answer = found["wide.mp4"]["answer"]
