@@ -16,14 +16,15 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
+from benchmarks.processes import MARK, left_behind, new_mark
 from mm_sglang.demo.tables import machine
 from mm_sglang.demo.tiny_model import make_tiny_model
 from mm_sglang.demo.video import render_video
@@ -37,7 +38,6 @@ from mm_sglang.parallel.placement import connect
 FAULTS = ("kill", "stop", "abort")
 NOTICED_S, BACK_S = 5.0, 60.0  # the marks
 PAGES_S = 10.0  # an abort has given everything back by then
-MARK = "MM_SGLANG_SOAK"  # a variable that every process of the job inherits
 FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "64", "--disable-radix-cache")
 
 
@@ -45,18 +45,23 @@ FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "64", "--disabl
 class Soak:
     """Args:
     kinds: the faults to come, in order.
+    come_back: else the job ends as soon as its last fault was noticed, a kill or a stop, with inputs left over; that
+        fault waits until the gang has answered once.
     """
 
     job: Job
     kinds: list[str]
     chance: random.Random
+    come_back: bool = True
     done: list[dict[str, Any]] = field(default_factory=list)
     aborted: int = 0
     _due: float | None = None
-    _down_at: float | None = None
+    _before: int = 0  # answers when the gang became ready
 
     def event(self, what: str, facts: dict[str, Any]) -> None:
         now = time.monotonic()
+        if what == "ready":
+            self._before = len(self.job.results.done)
         if what == "down" and self.done and "noticed_s" not in self.done[-1]:
             self.done[-1] |= {"noticed_s": now - self.done[-1]["at"], "error": facts["error"]}
         elif what == "ready" and self.done and "noticed_s" in self.done[-1]:
@@ -68,9 +73,13 @@ class Soak:
             replica.start()
         while self.job.waiting or self.job.asked:
             self.job.step(0.02)
+            if not self.come_back and not self.kinds and "noticed_s" in self.done[-1]:
+                return
             replica = self.job.replicas[0]
             settled = not self.done or "back_s" in self.done[-1] or "free_s" in self.done[-1]
             if not self.kinds or not settled or not any(replica.used.values()):
+                continue
+            if not self.come_back and len(self.kinds) == 1 and len(self.job.results.done) == self._before:
                 continue
             if self._due is None:
                 self._due = time.monotonic() + self.chance.uniform(0, 1.5)
@@ -111,18 +120,26 @@ class Soak:
                 replica.used.clear()
 
 
-def soak(faults: int, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """All kinds in turn, shuffled; raises AssertionError if a promise is broken."""
-    chance = random.Random(seed)
+def shuffled(faults: int, chance: random.Random) -> list[str]:
+    """So many faults, all kinds in turn, in a random order."""
     kinds = [FAULTS[number % len(FAULTS)] for number in range(faults)]
     chance.shuffle(kinds)
+    return kinds
+
+
+def soak(kinds: Sequence[str], folder: Path, chance: random.Random, come_back: bool = True) -> dict[str, Any]:
+    """These faults, at random moments of one job; raises AssertionError if a promise is broken.
+
+    Args:
+        come_back: as Soak's.
+    """
     model = make_tiny_model(folder / "model")
     video = render_video(folder / "video.mp4", seconds=8.0, width=224, height=168).path
     options = JobOptions(
         videos=(video,), question="what?", model=str(model), out=folder / "out.jsonl", gpus=2, extra=FLAGS, max_tokens=8
     )
-    inputs = [read_inputs([video], number)[0] for number in range(2 * faults + 4)]
-    os.environ[MARK] = mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    inputs = [read_inputs([video], number)[0] for number in range(2 * len(kinds) + 4)]
+    os.environ[MARK] = mark = new_mark()
     began = time.monotonic()
     with ExitStack() as stack:
         results = stack.enter_context(Results(options.out))
@@ -130,11 +147,13 @@ def soak(faults: int, folder: Path, seed: int = 0) -> dict[str, Any]:
         connect("local", gpus=2)
         job = Job(options, None, inputs, results, name=f"soak{os.getpid()}")
         stack.callback(job.close)
-        test = Soak(job, kinds, chance)
+        test = Soak(job, list(kinds), chance, come_back)
         test.run()
+        open_keys = [work.input.key for work in (*job.waiting, *(work for _, work in job.asked.values()))]
     lines = [json.loads(line) for line in options.out.read_text().splitlines()]
     keys = [line["key"] for line in lines]
-    assert sorted(keys) == sorted(each.key for each in inputs), "results lost or doubled"
+    assert sorted(keys + open_keys) == sorted(each.key for each in inputs), "results lost or doubled"
+    assert not (come_back and open_keys), f"no results: {open_keys}"
     answers = {line["answer"] for line in lines if "error" not in line}
     assert len(answers) == 1, f"answers to one prompt differ: {answers}"
     end = time.monotonic() + PAGES_S
@@ -163,19 +182,6 @@ def summary(done: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str
     return {"faults": counts, **figures, "answers": len(lines) - len(errors), "error lines": len(errors)}
 
 
-def left_behind(mark: str) -> list[str]:
-    """Command lines of living processes that inherited this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
-            if alive and process.environ().get(MARK) == mark:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
@@ -183,7 +189,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        figures = {"machine": machine(), "seed": arguments.seed} | soak(arguments.faults, Path(scratch), arguments.seed)
+        chance = random.Random(arguments.seed)
+        found = soak(shuffled(arguments.faults, chance), Path(scratch), chance)
+    figures = {"machine": machine(), "seed": arguments.seed} | found
     print(json.dumps(figures))
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
