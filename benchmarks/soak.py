@@ -1,6 +1,6 @@
 """Random kills, stops, aborts and node losses while a job runs: is anything lost, doubled, leaked, left?
 
-    python -m benchmarks.soak --faults 100 --minutes 60 --out soak.json     again, until it says that all have happened
+    python -m benchmarks.soak --faults 100 --minutes 60 --out soak.json     again, until all have happened
 
 On Ray's simulated cluster on this machine, two hosts of two logical GPUs, tiny model, CPU: one replica of two ranks. A
 fault hits a random process of the gang, or its host, at a random moment of a prefill. The file is written after every
@@ -234,9 +234,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file, written after each fault; a later run goes on from it")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        found = soak(
-            arguments.faults, Path(scratch), arguments.seed, minutes=arguments.minutes,
-            keeper=Keeper(arguments.out, arguments.seed),
-        )  # fmt: skip
-    print(json.dumps(found))
+    keeper = Keeper(arguments.out, arguments.seed)
+    if len(keeper.done) < arguments.faults:
+        with tempfile.TemporaryDirectory() as scratch:
+            soak(arguments.faults, Path(scratch), arguments.seed, minutes=arguments.minutes, keeper=keeper)
+    print(json.dumps(summary(keeper.done) | {"runs": keeper.runs}))
+    print(f"{len(keeper.done)} of {arguments.faults} faults")

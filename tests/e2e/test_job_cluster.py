@@ -72,7 +72,7 @@ def test_two_jobs_on_one_cluster(head: Head, folder: Path, tmp_path: Path) -> No
     while any(job.poll() is None for job in jobs):
         assert time.monotonic() < end
         talk.look({str(outs[0]): "driver of first", str(outs[1]): "driver of second"})
-        time.sleep(0.5)
+        time.sleep(2)  # a look is a second of a core
     for job, out in zip(jobs, outs, strict=True):
         said = job.communicate()[0]
         assert job.returncode == 0 and "failed" not in said, said
