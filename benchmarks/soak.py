@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
+from benchmarks.processes import MARK, left_behind, new_mark
 from benchmarks.soak_figures import Fault, Keeper, require_marks, summary
 from benchmarks.soak_nodes import Nodes
 from mm_sglang.demo.tiny_model import make_tiny_model
@@ -39,7 +40,6 @@ from mm_sglang.parallel.placement import connect
 # "node" loses the gang's host while another one is free, "nodes" every host: one joins once the job says it waits.
 FAULTS = ("kill", "stop", "abort", "node", "nodes")
 PAGES_S = 10.0  # an abort has given everything back by then
-MARK = "MM_SGLANG_SOAK"  # a variable that every process of the job inherits
 FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "64", "--disable-radix-cache")
 MOMENT_S = 4.0  # a fault comes within this after a prefill was seen
 AHEAD = 4  # inputs that wait, as long as faults are to come
@@ -51,6 +51,8 @@ class Soak:
     kinds: the faults to come, in order; no more of them after `until`.
     next_input: makes one unlike all before.
     on_fault: hears of each that is over.
+    come_back: else the job ends as soon as its last fault was noticed, a kill or a stop, with inputs left over; that
+        fault waits until the gang has answered once.
     """
 
     job: Job
@@ -60,11 +62,15 @@ class Soak:
     chance: random.Random
     next_input: Callable[[], Input]
     on_fault: Callable[[Fault], None]
+    come_back: bool = True
     issued: list[str] = field(default_factory=list)  # keys
     fault: Fault | None = None  # the one under way
     _due: float | None = None
+    _before: int = 0  # answers when the gang became ready
 
     def event(self, what: str, facts: dict[str, Any]) -> None:
+        if what == "ready":
+            self._before = len(self.job.results.done)
         if self.fault is None:
             return
         passed = time.monotonic() - self.fault["at"]
@@ -72,7 +78,7 @@ class Soak:
             self.fault |= {"noticed_s": passed, "error": facts["error"]}
         elif what == "waiting" and "waited" not in self.fault:
             self.fault |= {"waited": facts["error"]}
-            if self.nodes.count == 0:
+            if self.fault["kind"] == "nodes":
                 self.nodes.join()
         elif what == "ready" and "noticed_s" in self.fault:
             self.fault["back_s"] = passed
@@ -86,6 +92,8 @@ class Soak:
             self.job.step(0.02)
             if self.fault is not None:
                 self.settle()
+                if not (self.come_back or self.kinds or self.fault):
+                    return
             elif self.kinds and time.monotonic() < self.until:
                 self.supply()
                 self.maybe_strike(replica)
@@ -101,6 +109,8 @@ class Soak:
         """At a random moment of a prefill."""
         if not any(replica.used.values()) or any(work.tries == TRIES for _, work in self.job.asked.values()):
             return  # once more, and the job would give that input up, as it should
+        if not self.come_back and len(self.kinds) == 1 and len(self.job.results.done) == self._before:
+            return
         if self._due is None:
             self._due = time.monotonic() + self.chance.uniform(0, MOMENT_S)
         elif time.monotonic() >= self._due:
@@ -129,7 +139,8 @@ class Soak:
     def settle(self) -> None:
         """Once the fault is over, let new hosts join for those that were lost, and tell."""
         assert self.fault is not None
-        if "back_s" not in self.fault and "free_s" not in self.fault:
+        over = ("back_s", "free_s") if self.come_back or self.kinds else ("noticed_s",)
+        if not any(name in self.fault for name in over):
             return
         while self.nodes.count < self.nodes.wanted:
             self.nodes.join()
@@ -150,27 +161,33 @@ class Soak:
                 replica.used.clear()
 
 
+def shuffled(faults: int, chance: random.Random) -> list[str]:
+    """So many faults, all kinds in turn, in a random order."""
+    kinds = [FAULTS[number % len(FAULTS)] for number in range(faults)]
+    chance.shuffle(kinds)
+    return kinds
+
+
 def soak(
-    faults: int,
+    kinds: Sequence[str],
     folder: Path,
-    seed: int = 0,
+    chance: random.Random,
+    come_back: bool = True,
     *,
-    kinds: tuple[str, ...] = FAULTS,
-    minutes: float = 1e9,
+    minutes: float = math.inf,
     keeper: Keeper | None = None,
     on_fault: Callable[[Fault], None] = lambda fault: None,
 ) -> dict[str, Any]:
-    """All kinds in turn, shuffled; raises AssertionError if a promise is broken.
+    """These faults, at random moments of one job; raises AssertionError if a promise is broken.
 
     Args:
+        come_back: as Soak's.
         minutes: after which no more faults come; what is asked is still answered.
-        keeper: knows the faults of earlier runs, which count, and writes down each new one.
+        keeper: knows the faults of earlier runs, the first of `kinds`, and writes down each new one.
         on_fault: hears of each when it is over.
     """
-    keeper, began = keeper or Keeper(None, seed), time.monotonic()
+    keeper, began = keeper or Keeper(None, 0), time.monotonic()
     done, before = keeper.done, len(keeper.done)
-    ordered = [kinds[number % len(kinds)] for number in range(faults)]
-    random.Random(seed).shuffle(ordered)
     model = make_tiny_model(folder / "model")
     video = render_video(folder / "video.mp4", seconds=8.0, width=224, height=168).path
     options = JobOptions(
@@ -179,14 +196,14 @@ def soak(
     numbers = iter(range(1 << 30))
 
     def over(fault: Fault) -> None:
-        print(f"{len(done) + 1}/{faults} {json.dumps(fault)}", flush=True)
+        print(f"{len(done) + 1}/{len(kinds)} {json.dumps(fault)}", flush=True)
         keeper.add(fault)
         on_fault(fault)
 
-    os.environ[MARK] = mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    os.environ[MARK] = mark = new_mark()
     with ExitStack() as stack:
         results = stack.enter_context(Results(options.out))
-        nodes = Nodes(2 if "node" in kinds else 1)
+        nodes = Nodes(2 if "node" in kinds else int("nodes" in kinds))
         stack.callback(nodes.close)
         stack.callback(ray.shutdown)
         connect(nodes.address, gpus=0)
@@ -194,12 +211,14 @@ def soak(
         job = Job(options, None, [], results, name=f"soak{os.getpid()}")
         stack.callback(job.close)
         test = Soak(
-            job, nodes, ordered[len(done) :], began + 60 * minutes, random.Random(f"{seed} {len(done)}"),
-            lambda: read_inputs([video], next(numbers))[0], over,
+            job, nodes, list(kinds[before:]), began + 60 * minutes, chance,
+            lambda: read_inputs([video], next(numbers))[0], over, come_back,
         )  # fmt: skip
         test.run()
+        open_keys = [work.input.key for work in (*job.waiting, *(work for _, work in job.asked.values()))]
     lines = [json.loads(line) for line in options.out.read_text().splitlines()]
-    assert sorted(line["key"] for line in lines) == sorted(test.issued), "results lost or doubled"
+    assert sorted([line["key"] for line in lines] + open_keys) == sorted(test.issued), "results lost or doubled"
+    assert not (come_back and open_keys), f"no results: {open_keys}"
     answers = [line["answer"] for line in lines if "error" not in line]
     assert len(set(answers)) == 1, f"answers to one prompt differ: {set(answers)}"
     end = time.monotonic() + PAGES_S
@@ -214,29 +233,18 @@ def soak(
     return summary(done) | keeper.runs[-1]
 
 
-def left_behind(mark: str) -> list[str]:
-    """Command lines of living processes that inherited this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
-            if alive and process.environ().get(MARK) == mark:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=1e9, help="no more faults after these")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no more faults after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file, written after each fault; a later run goes on from it")
     arguments = parser.parse_args()
     keeper = Keeper(arguments.out, arguments.seed)
+    all_kinds = shuffled(arguments.faults, random.Random(arguments.seed))
+    chance = random.Random(f"{arguments.seed} {len(keeper.done)}")
     if len(keeper.done) < arguments.faults:
         with tempfile.TemporaryDirectory() as scratch:
-            soak(arguments.faults, Path(scratch), arguments.seed, minutes=arguments.minutes, keeper=keeper)
+            soak(all_kinds, Path(scratch), chance, minutes=arguments.minutes, keeper=keeper)
     print(json.dumps(summary(keeper.done) | {"runs": keeper.runs}))
     print(f"{len(keeper.done)} of {arguments.faults} faults")

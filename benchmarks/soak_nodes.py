@@ -14,15 +14,15 @@ from mm_sglang.parallel.placement import cluster_gpus
 
 GPUS, CPUS = 2, 2  # of a host
 JOINED_S = 60.0
-HEAD = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
 
 
 class Nodes:
-    """A head without GPUs, where the job's driver is, and `count` hosts; all of them are this machine."""
+    """A head, where the job's driver is, and `count` hosts with the GPUs; 0 gives them to the head."""
 
     def __init__(self, count: int) -> None:
         self.wanted = count
-        self.cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+        has = {"num_cpus": 0, "num_gpus": 0} if count else {"num_cpus": CPUS, "num_gpus": GPUS}
+        self.cluster = Cluster(initialize_head=True, head_node_args=has | {"include_dashboard": False})
         for _ in range(count):
             self.join()
 
@@ -40,7 +40,7 @@ class Nodes:
     def wait(self) -> None:
         """Until Ray, which has to be connected, knows them all."""
         end = time.monotonic() + JOINED_S
-        while cluster_gpus() < GPUS * self.count:
+        while cluster_gpus() < GPUS * max(self.count, 1):
             assert time.monotonic() < end, f"{cluster_gpus()} GPUs after {JOINED_S} s"
             time.sleep(0.1)
 

@@ -40,6 +40,11 @@ def tiles_by_head(plan: Plan) -> list[int]:
     return tiles
 
 
+def density(plan: Plan) -> float:
+    """Tiles computed over those of dense causal attention, all heads; waits for the device once."""
+    return sum(tiles_by_head(plan)) / (plan.causal_tiles * plan.heads)
+
+
 def recall(lse: torch.Tensor, dense_lse: torch.Tensor) -> torch.Tensor:
     """fp32 [H]: mean share of the dense softmax that was attended, from the log-sum-exps [H, L] of the same queries.
 

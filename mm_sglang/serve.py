@@ -71,7 +71,9 @@ def server_command(
             raise ValueError(f"--sparse-config and an mm_sparse section in {OVERRIDES}: needs one of them")
         overrides["mm_sparse"] = str(Path(config).resolve())
     settings = SparseConfig.from_settings(overrides.get("mm_sparse"))
-    check_model_folder(model, settings)
+    model_config = _read_model_config(model)
+    if model_config is not None:
+        _check_model(model, model_config, settings)
 
     environment: dict[str, str] = {}
     flags: dict[str, str | None] = {"--attention-backend": BACKEND}
@@ -82,7 +84,8 @@ def server_command(
         raise ValueError(f"--attn-cp-size {spread} of --tp-size {ranks}: needs the same size, which counts all ranks")
     if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
         environment["SGLANG_PLATFORM"] = CPU_PLATFORM
-        _check_heads(model, spread)
+        if spread > 1 and model_config is not None:
+            _check_heads(model_config, spread)
         if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
@@ -108,30 +111,36 @@ def sglang_script() -> str:
     return found
 
 
-def check_model_folder(model: str, settings: SparseConfig) -> None:
-    """ValueError if the folder's architecture has no layout rule, or the settings name layers or heads it lacks.
-
-    A name that is no folder here is left to SGLang to fetch; the backend makes the same checks when it starts.
-    """
+def _read_model_config(model: str) -> Mapping[str, Any] | None:
+    """The folder's config.json; None for a name that is no folder here, which is left to SGLang to fetch."""
     path = Path(model) / "config.json"
     if not Path(model).is_dir():
-        return
+        return None
     if not path.is_file():
         raise ValueError(f"model {model}: the folder has no config.json")
     values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    require_known_architecture(values.get("architectures"))
+    return values
+
+
+def _text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     text: Mapping[str, Any] = values.get("text_config", values)  # older Qwen2.5-VL folders keep them at the top
+    return text
+
+
+def _check_model(model: str, values: Mapping[str, Any], settings: SparseConfig) -> None:
+    """ValueError if the folder's architecture has no layout rule, or the settings name layers or heads it lacks.
+
+    The backend makes the same checks when it starts.
+    """
+    require_known_architecture(values.get("architectures"))
+    text = _text_config(values)
     settings.check_model(layers=text["num_hidden_layers"], heads=text["num_attention_heads"])
     require_same_model(settings, model)
 
 
-def _check_heads(model: str, size: int) -> None:
+def _check_heads(values: Mapping[str, Any], size: int) -> None:
     """On a CPU SGLang pads KV heads that --tp-size doesn't divide; weights of whole heads don't fit those."""
-    path = Path(model) / "config.json"
-    if size == 1 or not path.is_file():
-        return
-    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    heads = values.get("text_config", values)["num_key_value_heads"]
+    heads = _text_config(values)["num_key_value_heads"]
     if heads % size:
         raise ValueError(f"--context-parallel {size} on a CPU: needs a divisor of the model's {heads} KV heads")
 

@@ -1,4 +1,4 @@
-"""benchmarks.scaling without a GPU: what it would run, the table and the picture, bad input."""
+"""benchmarks.scaling without a GPU: what it would run, the table and the picture."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling.parts import specs
 from benchmarks.scaling.report import balances, plot, table
 
@@ -45,14 +43,3 @@ def test_the_table_says_efficiency_ratio_and_balance(tmp_path: Path) -> None:
     plot(record(), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
     (tmp_path / "x.json").write_text(json.dumps(record()))
-
-
-def test_bad_input_is_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("asks for a machine without a GPU")
-    monkeypatch.setattr("sys.argv", ["scaling"])
-    with pytest.raises(SystemExit) as ended:
-        scaling.main()
-    assert ended.value.code == 2 and "no CUDA device" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_a_failure_half_way_leaves_no_folder(tmp_path: Path, monkeypatch: pytest
     def fails(*args: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("mm_sglang.demo.tiny_model._save_processor", fails)
+    monkeypatch.setattr("mm_sglang.demo.tiny_model.save_processor", fails)
     with pytest.raises(OSError, match="no space"):
         make_tiny_model(tmp_path / "m", layers=1)
     assert not list(tmp_path.iterdir())

@@ -13,12 +13,14 @@ from mm_sglang.cli import main
 from mm_sglang.config import SparseConfig
 from mm_sglang.demo.tiny_model import make_tiny_model
 from mm_sglang.demo.video import render_video
+from mm_sglang.kernels.inspection import density
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import reference_ops
-from mm_sglang.kernels.patterns import head_pattern
+from mm_sglang.kernels.patterns import HeadPattern, head_pattern
+from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan
 from mm_sglang.search import run
-from mm_sglang.search.candidates import FAMILIES, at_density, density, density_by_head
+from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
 from mm_sglang.serve import server_command
 
@@ -65,13 +67,17 @@ def test_families_are_brought_to_the_target() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2048, 4, 16, generator=generator), torch.randn(2048, 2, 16, generator=generator)
     layout, ops = TokenLayout(items=(), length=2048), reference_ops()
+
+    def planned(pattern: HeadPattern) -> Plan:
+        return make_plan(q, k, layout=layout, patterns=[pattern] * 4, scale=0.25, ops=ops)
+
     for family in ("vertical_slash", "block_topk", "columns"):
         pattern = at_density(family, 0.5, q, k, layout, 0.25, ops)
-        assert 0.3 < density(pattern, q, k, layout, 0.25, ops) <= 0.5, family
-        assert density(pattern.scaled(2.0), q, k, layout, 0.25, ops) > 0.5
-        plan = make_plan(q, k, layout=layout, patterns=[pattern] * 4, scale=0.25, ops=ops)
+        plan = planned(pattern)
+        assert 0.3 < density(plan) <= 0.5, family
+        assert density(planned(pattern.scaled(2.0))) > 0.5
         each = density_by_head(plan)
-        assert sum(each) / 4 == pytest.approx(density(pattern, q, k, layout, 0.25, ops))
+        assert sum(each) / 4 == pytest.approx(density(plan))
 
 
 def cell(*errors: float, cost: float = 0.1) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -24,26 +23,20 @@ from benchmarks.accuracy.report import K, heat_maps, table
 from benchmarks.accuracy.session import Options, Session, searched_at
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.student import Student
+from benchmarks.common import Parser, results_of
 from benchmarks.kernels.report import machine
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.tasks import TASKS
 from mm_sglang.model_hash import model_hash
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 LENGTHS = (4 * K, 16 * K, 64 * K, 128 * K)
 DEPTHS = (0.1, 0.5, 0.9)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"benchmarks.accuracy: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print the table, draw; 0 also if --budget-seconds left something out."""
     began = time.monotonic()
-    parser = _Parser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("benchmarks.accuracy", __doc__)
     parser.add_argument("model", nargs="?", metavar="MODEL_FOLDER")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="of mm-sglang search; default: searched here")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
@@ -82,7 +75,7 @@ def _measure(options: argparse.Namespace, began: float) -> int:
             raise ValueError(message)
     device, about = "cuda" if torch.cuda.is_available() else "cpu", machine()
     about["versions"]["transformers"] = importlib.metadata.version("transformers")
-    out = options.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "accuracy"
+    out = options.out or results_of(about) / "accuracy"
     at = " and ".join(f"{n} tokens" for n in searched_at(options.lengths))
     about["searched"] = f"one search at {at}, the nearest serves" if options.config is None else options.config.name
     what = {

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.accuracy.patterns import Fixed, Strided, TriShape
 from mm_sglang.config import SparseConfig
-from mm_sglang.kernels.inspection import tiles_by_head
+from mm_sglang.kernels.inspection import density
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns import AShape, BlockTopK, HeadPattern, VerticalSlash
@@ -100,7 +100,7 @@ class Layer:
     def density(self, recipes: Recipes) -> float:
         """Tiles that all heads compute over those of dense causal attention."""
         plan = make_plan(self.q, self.k, layout=self.layout, patterns=recipes, scale=self.scale, ops=self.ops)
-        return sum(tiles_by_head(plan)) / (plan.causal_tiles * plan.heads)
+        return density(plan)
 
 
 def balance(make: Make, layer: Layer, target: float) -> float:

@@ -13,15 +13,14 @@ import torch
 from benchmarks.tiny_model.forward import use_fast_attention, vision_features
 from mm_sglang.choice import choose_engine
 from mm_sglang.kernels.attend.reference import dense_rows
-from mm_sglang.kernels.inspection import recall, tile_counts_on_device
+from mm_sglang.kernels.inspection import tile_counts_on_device
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
-from mm_sglang.kernels.plan import device_ints
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.layout import layout_from_processor
 from mm_sglang.search.capture import Captured
+from mm_sglang.search.exact import Exact
 
-ROWS = 64  # queries of the prompt at which recall and the output's error are taken, as the search takes them
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -115,7 +114,9 @@ class Student:
                 engine=self.engine,
             )  # fmt: skip
             density = tile_counts_on_device(plan) / (plan.causal_tiles * plan.heads)
-            measured.append(torch.stack([*self._measure(pq, pk, pv, out, lse, scale), density.float()]))
+            exact = Exact(pq, pk, pv, scale, self.engine.ops())
+            found = exact.recall(lse).mean(), exact.error(out).sum(), exact.norm().sum(), density.float()
+            measured.append(torch.stack(found))
             # A server decodes the answer with its dense backend, so what stands for that here is dense too.
             tail = dense_rows(q, k, v, torch.arange(length, len(q), device=q.device), scale)
             return torch.cat([out, tail.to(out.dtype)])
@@ -131,14 +132,3 @@ class Student:
             tokens=chosen.tolist(), correct=correct, recall=share, error=(wrong / max(norm, 1e-30)) ** 0.5,
             density=density,
         )  # fmt: skip
-
-    def _measure(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, ...]:
-        """fp32 [] each, on the device: mean recall over heads, squared error and norm of the output, at ROWS rows."""
-        count = min(ROWS, len(q))
-        rows = device_ints(tuple((n + 1) * len(q) // count - 1 for n in range(count)), q.device)
-        at = rows.long()
-        want = dense_rows(q, k, v, at, scale)
-        share = recall(lse[at].T, self.engine.ops().row_lse(q, k, None, rows, 0, scale))
-        return share.mean(), (out[at].float() - want).pow(2).sum(), want.pow(2).sum()

@@ -14,17 +14,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from benchmarks.common import Parser, results_of
 from benchmarks.kernels import plots, report
 from benchmarks.kernels.cases import CASES, LENGTHS, MIX, PAPER, SHAPES
 from benchmarks.kernels.measure import Row
 from benchmarks.kernels.session import Options, Session
 from mm_sglang.kernels.engines import ENGINES
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 LAST_SECONDS = 15.0  # kept back for the table and the plots
 LEGEND = """
 ms: medians. est..merge: device time of each stage. other%: share of the whole that is not attention, gaps included.
@@ -35,19 +35,7 @@ x best: over the fastest dense kernel. GB: memory beyond inputs and outputs. err
 SAME = ("gpu", "driver", "commit", "versions")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        refuse(message)
-
-
-def refuse(message: str) -> NoReturn:
-    """One line, exit code 2."""
-    print(f"benchmarks.kernels: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
+def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [case.name for case in CASES]
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS", help="default: 32K 128K 512K 1M"
@@ -103,24 +91,25 @@ def earlier(path: Path, about: dict[str, Any]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
-    chosen = parse(arguments)
+    parser = Parser("benchmarks.kernels", __doc__)
+    chosen = parse(parser, arguments)
     if chosen.show is not None:
         try:
             about, rows = report.from_json(chosen.show)
         except ValueError as error:
-            refuse(f"--show: {error}")
+            parser.error(f"--show: {error}")
         show(chosen.show, about, rows)
         return 0
     if not torch.cuda.is_available():
-        refuse("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
+        parser.error("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
     about = report.machine()
-    out = chosen.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "kernels.json"
+    out = chosen.out or results_of(about) / "kernels.json"
     try:
         if reason := ENGINES[chosen.engine].missing():
             raise ValueError(f"--engine {chosen.engine}: {reason}")
         before = earlier(out, about) if chosen.add else []
     except (ValueError, ImportError) as error:
-        refuse(str(error))
+        parser.error(str(error))
     cases = [case for case in CASES if case.name in chosen.cases]
     session = Session(
         about=about, rows=before,

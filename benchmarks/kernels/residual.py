@@ -6,7 +6,6 @@ python -m benchmarks.kernels.residual --show FILE
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import Parser, results_of
 from benchmarks.kernels import report, rows
-from benchmarks.kernels.__main__ import RESULTS, refuse
 from benchmarks.kernels.cases import SHAPES, Case, K, Recipe
 from benchmarks.kernels.measure import HEAD_DIM, Prepared, interleaved
 from mm_sglang.kernels.attend.reference import dense_rows
@@ -93,7 +92,7 @@ def plot(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> No
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.residual")
+    parser = Parser("benchmarks.kernels.residual", __doc__)
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/<gpu>/residual.json; the plot goes beside"
     )
@@ -101,13 +100,13 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.show is None:
         if not torch.cuda.is_available():
-            refuse("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
+            parser.error("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
         if reason := ENGINES["fa4"].missing():
-            refuse(f"engine fa4: {reason}")
+            parser.error(f"engine fa4: {reason}")
         about, device = report.machine(), torch.device("cuda", torch.cuda.current_device())
         with torch.no_grad():
             records = [r for name, (inputs, recipes) in SWEEPS.items() for r in sweep(name, inputs, recipes, device)]
-        path = chosen.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "residual.json"
+        path = chosen.out or results_of(about) / "residual.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"about": about, "tokens": TOKENS, "shape": SHAPE, "records": records}, indent=1))
     else:

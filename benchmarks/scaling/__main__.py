@@ -6,32 +6,26 @@ python -m benchmarks.scaling --show FILE    the table and the picture again, no 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from benchmarks.common import Parser, results_of
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
 from benchmarks.scaling.parts import specs
 from benchmarks.scaling.report import plot, table
-from benchmarks.ttft.__main__ import RESULTS, gpus, run
+from benchmarks.ttft.__main__ import gpus, run
 from benchmarks.ttft.model import LAYERS, make_model
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"benchmarks.scaling: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main() -> int:
-    parser = _Parser(prog="python -m benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("benchmarks.scaling", __doc__)
     parser.add_argument("--gpus", type=int, help="default: all that are visible")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256 * K, 1024 * K], metavar="TOKENS")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of {LAYERS}; default: all")
@@ -53,7 +47,7 @@ def main() -> int:
     if not 1 <= options.layers <= LAYERS:
         parser.error(f"--layers {options.layers}: needs 1 to {LAYERS}")
     about, deadline = machine(), time.time() + options.minutes * 60
-    out = options.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "scaling.json"
+    out = options.out or results_of(about) / "scaling.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"about": about, "layers": options.layers, "runs": []}
     if out.exists():

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.tiny_model.config import Sizes
 from benchmarks.tiny_model.words import tokenizer
-from mm_sglang.demo.tiny_model import SPECIAL, _save_processor
+from mm_sglang.demo.tiny_model import SPECIAL, save_processor
 
 PARAMETERS = 12_400_000  # at most: bf16 then takes less than 24 MiB
 POSITIONS = 1 << 20
@@ -77,7 +77,7 @@ def save_files(folder: Path) -> None:
     """Tokenizer and processor files, as the real repositories ship them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer().save_pretrained(folder)
-    _save_processor("qwen2_5_vl", folder)
+    save_processor("qwen2_5_vl", folder)
 
 
 def export(model: Any, folder: Path) -> int:

@@ -156,9 +156,9 @@ def _photographs() -> list[Any]:
     from PIL import Image
 
     from mm_sglang.demo.video import PHOTOGRAPHS as SOURCES
-    from mm_sglang.demo.video import _photograph
+    from mm_sglang.demo.video import photograph
 
-    return [np.asarray(Image.fromarray(_photograph(source.file)).resize((SIDE, SIDE))) for source in SOURCES]
+    return [np.asarray(Image.fromarray(photograph(source.file)).resize((SIDE, SIDE))) for source in SOURCES]
 
 
 def pack_photographs() -> Path:

@@ -7,7 +7,6 @@ python -m benchmarks.ttft --show FILE              the tables and the picture ag
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import queue
@@ -17,24 +16,17 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import Parser, results_of
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
 from benchmarks.ttft import plots, profile
 from benchmarks.ttft.model import LAYERS, make_model
 from benchmarks.ttft.parts import PARTS, specs
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"benchmarks.ttft: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -92,7 +84,7 @@ def gpus() -> list[str]:
 
 
 def main() -> int:
-    parser = _Parser(prog="python -m benchmarks.ttft", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("benchmarks.ttft", __doc__)
     parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help=f"{parts}; default: all")
     parser.add_argument("--longest", type=int, default=1024 * K, metavar="TOKENS", help="default: 1048576")
@@ -114,7 +106,7 @@ def main() -> int:
         parser.error("no CUDA device: this measures on a GPU (--show FILE prints a stored table anywhere)")
     deadline = time.time() + options.minutes * 60
     about = machine()
-    out = options.out or RESULTS / about["gpu"].lower().replace(" ", "-") / "ttft.json"
+    out = options.out or results_of(about) / "ttft.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"about": about, "gpus": len(gpus()), "runs": []}
     free: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -75,7 +75,7 @@ def make_tiny_model(
         ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
         _weights(architecture, ids, seed, shape).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        _save_processor(architecture, fresh)
+        save_processor(architecture, fresh)
         (fresh / STAMP).write_text(stamp)
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
@@ -153,7 +153,7 @@ def _weights(architecture: str, ids: dict[str, int], seed: int, shape: dict[str,
     return model.to(torch.float32)
 
 
-def _save_processor(architecture: str, folder: Path) -> None:
+def save_processor(architecture: str, folder: Path) -> None:
     """The files that the real repositories hold; transformers' own processor.save_pretrained writes one of its v5."""
     from transformers import (
         AutoImageProcessor,  # noqa: F401  (loads the lazily registered image processors)

@@ -98,7 +98,7 @@ def scene_frames(frames: int, fps: int, width: int, height: int, seed: int) -> I
     choice.shuffle(order)
     scenes = math.ceil(frames / fps / SCENE_S) + 1
     moves = [(choice.uniform(0, 2 * math.pi), choice.choice((-1, 1))) for _ in range(scenes)]
-    photographs = [_photograph(entry.file) for entry in order]
+    photographs = [photograph(entry.file) for entry in order]
 
     def shot(scene: int, at: float) -> Frame:
         return _window(photographs[scene % len(photographs)], at, *moves[scene], width, height)
@@ -113,7 +113,8 @@ def scene_frames(frames: int, fps: int, width: int, height: int, seed: int) -> I
         yield image
 
 
-def _photograph(file: str) -> Frame:
+def photograph(file: str) -> Frame:
+    """uint8 RGB [height, width, 3] of one of PHOTOGRAPHS. ValueError if scikit-image, which holds them, is missing."""
     from PIL import Image
 
     spec = find_spec("skimage")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -98,10 +97,10 @@ def _asked(options: JobOptions, schema: Schema | None) -> Any:
 def require_settings(model: str, config: str | None, extra: Sequence[str]) -> None:
     """What a replica's leader does when it starts, done here to hear of mistakes now."""
     from mm_sglang.compat import require_supported_sglang
-    from mm_sglang.serve import server_command
+    from mm_sglang.serve import TENSOR_PARALLEL, server_command
 
     require_supported_sglang()
-    for flag in ("--tp", "--tp-size", "--tensor-parallel-size"):
+    for flag in TENSOR_PARALLEL:
         if flag in extra:
             raise ValueError(f"{flag}: a job's ranks are counted by --gpus")
     server_command(model, config=config, extra=extra, cores=1)
@@ -137,9 +136,3 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Result lines by key."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {line["key"]: line for line in lines}

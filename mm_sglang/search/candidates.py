@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mm_sglang.kernels.inspection import tiles_by_head
+from mm_sglang.kernels.inspection import density, tiles_by_head
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns import HeadPattern, head_pattern
@@ -44,9 +44,12 @@ def at_density(
         q: [Nq, H, D], k: [Nk, Hkv, D] of a layer; target: share of dense attention's tiles.
     """
     base = head_pattern(FAMILIES[family])
-    return base.scaled(
-        largest_factor(lambda factor: density(base.scaled(factor), q, k, layout, scale, ops), target, STEPS, REACH)
-    )
+
+    def of(factor: float) -> float:
+        patterns = [base.scaled(factor)] * q.shape[1]
+        return density(make_plan(q, k, layout=layout, patterns=patterns, scale=scale, ops=ops))
+
+    return base.scaled(largest_factor(of, target, STEPS, REACH))
 
 
 def largest_factor(density_of: Callable[[float], float], target: float, steps: int, reach: float) -> float:
@@ -63,15 +66,6 @@ def largest_factor(density_of: Callable[[float], float], target: float, steps: i
         else:
             high = middle
     return float(2.0**low)
-
-
-def density(
-    pattern: HeadPattern, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, ops: Ops
-) -> float:
-    """Tiles computed over tiles of dense causal attention, all heads."""
-    heads = q.shape[1]
-    plan = make_plan(q, k, layout=layout, patterns=[pattern] * heads, scale=scale, ops=ops)
-    return sum(tiles_by_head(plan)) / (plan.causal_tiles * heads)
 
 
 def density_by_head(plan: Plan) -> list[float]:

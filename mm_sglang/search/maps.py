@@ -14,18 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mm_sglang.kernels.attend.reference import dense_rows
-from mm_sglang.kernels.inspection import recall, tile_map, tiles_by_head
+from mm_sglang.kernels.inspection import density, tile_map
 from mm_sglang.kernels.layout import IMAGE, VIDEO, TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
-from mm_sglang.kernels.plan import PAD, TILE, HeadGroup, Plan, device_ints
+from mm_sglang.kernels.plan import PAD, TILE, HeadGroup
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
+from mm_sglang.search.exact import Exact
 
 CELLS = 64
 SAMPLES = 4  # queries that stand for a cell
 FLOOR = 4  # decades under 1 that a byte of attention spans
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the budgets, for the curve
-CURVE_ROWS = 64
 KINDS = ("attention", "tiles", "attention after permutation", "tiles after permutation")
 NAMES = {IMAGE: "image", VIDEO: "video"}
 Bytes = npt.NDArray[np.uint8]
@@ -98,21 +97,13 @@ def layer_curve(
     scale: float, engine: Any,
 ) -> list[list[float]]:  # fmt: skip
     """For each of FACTORS on all budgets: density, recall, squared error and squared norm of the output."""
-    rows = device_ints(tuple((n + 1) * len(q) // CURVE_ROWS - 1 for n in range(CURVE_ROWS)), q.device)
-    at = rows.long()
-    dense_lse, want = engine.ops().row_lse(q, k, None, rows, 0, scale), dense_rows(q, k, v, at, scale)
-    points = []
+    exact = Exact(q, k, v, scale, engine.ops())
+    norm, points = float(exact.norm().sum()), []
     for factor in FACTORS:
         scaled = [pattern.scaled(factor) for pattern in patterns]
         out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=scaled, scale=scale, engine=engine)
-        error = float((out[at].float() - want).pow(2).sum())
-        share = float(recall(lse[at].T, dense_lse).mean())
-        points.append([_density(plan), share, error, float(want.pow(2).sum())])
+        points.append([density(plan), float(exact.recall(lse).mean()), float(exact.error(out).sum()), norm])
     return points
-
-
-def _density(plan: Plan) -> float:
-    return sum(tiles_by_head(plan)) / (plan.causal_tiles * plan.heads)
 
 
 def maps_file(config: Path) -> Path:

@@ -18,19 +18,16 @@ from tqdm import tqdm
 
 from mm_sglang.choice import choose_engine
 from mm_sglang.config import SparseConfig
-from mm_sglang.kernels.attend.reference import dense_rows
-from mm_sglang.kernels.inspection import recall
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
-from mm_sglang.kernels.plan import device_ints
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.model_hash import model_hash
 from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
+from mm_sglang.search.exact import Exact
 from mm_sglang.search.maps import layer_curve, layer_maps, write_maps
 from mm_sglang.settings_file import settings_of, write_settings, write_whole
 
-ROWS = 64  # queries at which outputs are compared, spread over the prompt
 LEAST_TOKENS = 1024
 SLACK = 1.1  # a family may cost this much of the target
 EVERY = tuple(FAMILIES)
@@ -169,19 +166,15 @@ def layer_scores(
 ) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:  # fmt: skip
     """Each family at the target density: (squared error, squared norm, recall, density) by head, and its recipe."""
     q, k, v = (x.contiguous() for x in (q, k, v))
-    queries, heads = q.shape[0], q.shape[1]
-    rows = device_ints(tuple((n + 1) * queries // ROWS - 1 for n in range(ROWS)), q.device)
-    at = rows.long()
-    dense_lse = engine.ops().row_lse(q, k, None, rows, 0, scale)
-    want = dense_rows(q, k, v, at, scale)
-    norm = want.pow(2).sum((0, 2)).tolist()
+    heads = q.shape[1]
+    exact = Exact(q, k, v, scale, engine.ops())
+    norm = exact.norm().tolist()
     cells: dict[str, list[list[float]]] = {}
     recipes: dict[str, Any] = {}
     for family in families:
         pattern: HeadPattern = at_density(family, target, q, k, layout, scale, engine.ops())
         out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=[pattern] * heads, scale=scale, engine=engine)
-        error = (out[at].float() - want).pow(2).sum((0, 2)).tolist()
-        share = recall(lse[at].T, dense_lse).tolist()
+        error, share = exact.error(out).tolist(), exact.recall(lse).tolist()
         cells[family] = [list(cell) for cell in zip(error, norm, share, density_by_head(plan), strict=True)]
         recipes[family] = pattern.to_dict()
     return cells, recipes

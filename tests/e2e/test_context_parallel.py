@@ -6,13 +6,13 @@ That selections under real budgets don't depend on the number of ranks is tests/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import ask_all_at_once
 from assets import Assets
 from recipes import COVERING, TOKENS
 
@@ -77,11 +77,7 @@ def test_a_radix_hit_continues_what_all_ranks_wrote(running: Running, assets: As
 
 
 def test_four_requests_at_once(running: Running, assets: Assets) -> None:
-    running.server.flush_cache()
-    with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda name: (name, ask(running.server.url, assets.prompts[name], TOKENS)), running.wanted)
-        for name, answer in answers:
-            assert answer.tokens == running.wanted[name], name
+    assert ask_all_at_once(running.server, assets) == running.wanted
 
 
 def test_both_ranks_planned_the_same_and_said_what_they_do(running: Running) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from asking import ask_all_at_once
 from assets import Assets
 from recipes import COVERING, TOKENS
 
@@ -112,11 +112,7 @@ def test_a_longer_question_starts_in_the_middle_of_the_cache(running: Running, a
 
 
 def test_four_requests_at_once(running: Running, assets: Assets) -> None:
-    running.server.flush_cache()
-    with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda name: (name, ask(running.server.url, assets.prompts[name], TOKENS)), running.wanted)
-        for name, answer in answers:
-            assert answer.tokens == running.wanted[name], name
+    assert ask_all_at_once(running.server, assets) == running.wanted
 
 
 def test_the_sparse_path_ran(running: Running) -> None:

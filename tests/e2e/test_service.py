@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 from assets import Assets
-from ray_head import free_port
 
+from mm_sglang.demo.server import free_port
 from mm_sglang.jobs.service import ServiceOptions, require_serve, start_service
 from mm_sglang.parallel.placement import connect
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from mm_sglang.demo.server import free_port
+
 JOB_SERVER = importlib.util.find_spec("aiohttp_cors") is not None  # one of what ray[default] adds to ray
 UP_S = 120.0
 
@@ -25,12 +27,6 @@ class Head:
     address: str  # for RAY_ADDRESS
     server: str  # for `ray job submit --address`
     environment: dict[str, str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from benchmarks.processes import MARK, left_behind, new_mark
+from mm_sglang.demo.server import free_port
 from mm_sglang.jobs.results import Results
 
 
@@ -28,24 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "video.mp4").write_bytes(b"video")
     (folder / "no-schema.json").write_text('{"type": "strin"}')
     return folder
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def left_behind(mark: str) -> list[str]:
-    """Command lines of living processes that inherited this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MM_SGLANG_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.mark.parametrize(
@@ -65,13 +46,13 @@ def left_behind(mark: str) -> list[str]:
     ],
 )
 def test_bad_input(folder: Path, videos: list[str], options: list[str], message: str) -> None:
-    mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    options = [option.replace("PORT", f"127.0.0.1:{closed_port()}") for option in options]
+    mark = new_mark()
+    options = [option.replace("PORT", f"127.0.0.1:{free_port()}") for option in options]
     if "--out" not in options:
         options += ["--out", "out.jsonl"]
     result = subprocess.run(
         [sys.executable, "-m", "mm_sglang", "job", "run", *videos, "--question", "?", "--model", ".", *options],
-        cwd=folder, capture_output=True, text=True, timeout=60, env=os.environ | {"MM_SGLANG_TEST": mark},
+        cwd=folder, capture_output=True, text=True, timeout=60, env=os.environ | {MARK: mark},
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     said = result.stderr.strip().splitlines()
