@@ -228,7 +228,7 @@ def soak(
     errors = [line["error"] for line in lines if "error" in line]
     assert all(error.startswith("aborted") for error in errors), errors
     seconds = round(time.monotonic() - began)
-    keeper.end({"faults": len(done) - before, "answers": len(answers), "aborted": len(errors), "seconds": seconds})
+    keeper.end({"struck": len(done) - before, "answers": len(answers), "aborted": len(errors), "seconds": seconds})
     require_marks(done)
     return summary(done) | keeper.runs[-1]
 
