@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections import deque
@@ -14,6 +15,10 @@ from mm_sglang.jobs.job import TICK_S, TRIES
 from mm_sglang.jobs.replica import Replica, ReplicaError
 from mm_sglang.parallel.placement import decoder_cpus, host_for_messages
 from mm_sglang.parallel.wire import Hub, Message
+
+
+def _log(what: str, facts: Message) -> None:
+    logging.getLogger("ray.serve").warning("gang %s: %s", what, facts.get("error") or f"{facts['seconds']:.0f} s")
 
 
 class GangFailed(RuntimeError):
@@ -49,7 +54,7 @@ class GangDriver:
         gang = Gang(
             decoders=decoders, hub=self.hub.address, token=self.hub.token, name=secrets.token_hex(4), **settings
         )  # fmt: skip
-        self.replica = Replica(0, gang, self.hub)
+        self.replica = Replica(0, gang, self.hub, on_event=_log)
         self.loop = asyncio.get_running_loop()
         self.waiting: deque[Question] = deque()
         self.asked: dict[str, Question] = {}

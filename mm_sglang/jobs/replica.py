@@ -65,6 +65,7 @@ class Replica:
     _leader: Any = None
     _run: Any = None
     _broken: str | None = None
+    _missing: str | None = None  # what was last said to be
     _since: float = 0.0
     _name: str = ""
 
@@ -82,7 +83,7 @@ class Replica:
         self.generation += 1
         self._name = f"{self.gang.name}.{self.number}.{self.generation}"
         self._since = self._looked = time.monotonic()
-        self._nodes = nodes_of(group)
+        self._nodes, self._missing = nodes_of(group), None
         self._leader = (
             ray.remote(Leader)
             .options(
@@ -190,7 +191,9 @@ class Replica:
         elif now - self._since > patience:
             raise ReplicaError(f"replica {self.number}: no place after {patience:.0f} s: {no_place(self._group)}")
         elif now - self._looked > PLACE_ANEW_S:
-            self._event("waiting", error=no_place(self._group))
+            if (missing := no_place(self._group)) != self._missing:
+                self._missing = missing
+                self._event("waiting", error=missing)
             self._leave()
             self.gang = replace(self.gang, decoders=decoder_cpus(self.gang.gpus, 1))
             self._place()

@@ -19,7 +19,7 @@ from mm_sglang.jobs.service import ServiceOptions, _fields, start_service
 class FakeReplica:
     """Used by the driver's thread, as the real one; what the test wants of it goes through `todo`."""
 
-    def __init__(self, number: int, gang: Any, hub: Any) -> None:
+    def __init__(self, number: int, gang: Any, hub: Any, on_event: Any) -> None:
         self.gang, self.ready = gang, False
         self.asked: list[str] = []
         self.aborted: list[str] = []
