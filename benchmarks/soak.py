@@ -9,7 +9,6 @@ fault, and a later run goes on from it. Ends with an error if one of the promise
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from typing import Any
 
 import ray
 
+from benchmarks.common import Parser
 from benchmarks.processes import MARK, left_behind, new_mark
 from benchmarks.soak_figures import Fault, Keeper, require_marks, summary
 from benchmarks.soak_nodes import Nodes
@@ -234,13 +234,16 @@ def soak(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser("benchmarks.soak", __doc__)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=math.inf, help="no more faults after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file, written after each fault; a later run goes on from it")
     arguments = parser.parse_args()
-    keeper = Keeper(arguments.out, arguments.seed)
+    try:
+        keeper = Keeper(arguments.out, arguments.seed)
+    except ValueError as error:
+        parser.error(str(error))
     all_kinds = shuffled(arguments.faults, random.Random(arguments.seed))
     chance = random.Random(f"{arguments.seed} {len(keeper.done)}")
     if len(keeper.done) < arguments.faults:
@@ -248,3 +251,4 @@ if __name__ == "__main__":
             soak(all_kinds, Path(scratch), chance, minutes=arguments.minutes, keeper=keeper)
     print(json.dumps(summary(keeper.done) | {"runs": keeper.runs}))
     print(f"{len(keeper.done)} of {arguments.faults} faults")
+    require_marks(keeper.done)
