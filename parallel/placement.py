@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 REACH_S = 3.0  # a cluster's head answers within this, or is not there
 REAP_S = 10.0
+PROBE_S = 1.0  # a node of the cluster takes a connection within this, or is lost
 MOST_DECODERS = 8  # of a replica
 
 
@@ -61,9 +63,13 @@ def cluster_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def free_cpus(replicas: int) -> int:
-    """CPUs for each replica's decoders; 0 where all are taken, and SGLang then decodes by itself."""
-    return min(MOST_DECODERS, int(ray.available_resources().get("CPU", 0)) // replicas)
+def decoder_cpus(gpus: int, replicas: int) -> int:
+    """CPUs for each replica's decoders: its GPUs' share of its host's, if they are free. With 0, where all are taken,
+    SGLang decodes by itself."""
+    hosts = [host for host in answering().values() if host.get("GPU", 0) >= gpus]
+    shares = [int(host.get("CPU", 0) // (host["GPU"] // gpus)) for host in hosts]
+    free = int(ray.available_resources().get("CPU", 0)) // replicas
+    return min(MOST_DECODERS, free, min(shares, default=0) or free)
 
 
 def require_gpus(replicas: int, gpus: int, has: int) -> None:
@@ -81,22 +87,51 @@ def host_for_messages() -> str:
 
 def place(gpus: int, cpus: int, name: str) -> PlacementGroup:
     """One-GPU bundles, then one-CPU bundles, inside one host if any host has that many of both."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = any(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes)
+    fits = any(host.get("GPU", 0) >= gpus and host.get("CPU", 0) >= cpus for host in answering().values())
     bundles = [{"GPU": 1.0}] * gpus + [{"CPU": 1.0}] * cpus
     return placement_group(bundles, strategy="STRICT_PACK" if fits else "PACK", name=name)
 
 
-def no_place(group: PlacementGroup, seconds: float) -> str:
+def no_place(group: PlacementGroup) -> str:
     """What is missing for a group that is still waiting."""
-    free, has = ray.available_resources(), ray.cluster_resources()
+    hosts, free = answering().values(), ray.available_resources()
     missing = []
     for kind in ("GPU", "CPU"):
         if needs := sum(int(bundle.get(kind, 0)) for bundle in group.bundle_specs):
-            missing.append(
-                f"{needs} {kind}s ({free.get(kind, 0):.0f} of the cluster's {has.get(kind, 0):.0f} are free)"
-            )
-    return f"no place after {seconds:.0f} s: needs {' and '.join(missing)}"
+            has = int(sum(host.get(kind, 0) for host in hosts))
+            missing.append(f"{needs} {kind}s ({min(int(free.get(kind, 0)), has)} of the cluster's {has} are free)")
+    return f"needs {' and '.join(missing)}"
+
+
+def nodes_of(group: PlacementGroup) -> set[str]:
+    """Where its bundles are; of a group that has its place."""
+    return set(placement_group_table(group)["bundles_to_node_id"].values())
+
+
+def lost_nodes(nodes: Iterable[str]) -> set[str]:
+    """Those that Ray has given up, or that do not answer."""
+    wanted = set(nodes)
+    return wanted - set(answering(wanted)) if wanted else wanted
+
+
+def answering(only: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+    """Resources of the nodes that take a connection: Ray goes on to count one that is gone for some fifteen seconds.
+
+    Args:
+        only: look at these nodes.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"] and (only is None or node["NodeID"] in only)]
+    with ThreadPoolExecutor(max_workers=max(len(alive), 1)) as pool:
+        answers = list(pool.map(_answers, alive))
+    return {node["NodeID"]: node["Resources"] for node, answer in zip(alive, answers, strict=True) if answer}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=PROBE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def reap(processes: Iterable[Process]) -> None:
@@ -104,14 +139,13 @@ def reap(processes: Iterable[Process]) -> None:
     by_node: dict[str, list[Process]] = {}
     for process in processes:
         by_node.setdefault(process.node, []).append(process)
-    here = ray.get_runtime_context().get_node_id()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    kill_all(by_node.pop(here, []))
+    kill_all(by_node.pop(ray.get_runtime_context().get_node_id(), []))
+    lost = lost_nodes(by_node)  # they took their processes along
     remote = ray.remote(num_cpus=0, max_retries=0)(kill_all)
     waiting = [
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(those)
         for node, those in by_node.items()
-        if node in alive
+        if node not in lost
     ]
     ray.wait(waiting, num_returns=len(waiting), timeout=REAP_S) if waiting else None
 

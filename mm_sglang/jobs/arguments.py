@@ -15,7 +15,7 @@ def add_job_run(commands: Any) -> None:
         allow_abbrev=False,
         help="one question about every video, answers as JSON lines; run it again to go on where it stopped",
         description="Starts replicas of SGLang with mm_sparse on a Ray cluster and asks them. Every further option "
-        "goes to SGLang as it is. Works under `ray job submit -- mm-sglang job run ...` too.",
+        "goes to SGLang as it is. Works under `ray job submit -- mm-sglang job run ...` too, with an absolute --out.",
     )
     run.add_argument("videos", type=Path, nargs="*", metavar="VIDEO", help="files, under the same path on every node")
     run.add_argument("--question", required=True, help="asked about each of them")

@@ -18,7 +18,7 @@ from mm_sglang.jobs.inputs import Input
 from mm_sglang.jobs.replica import Patience, Replica, ReplicaError
 from mm_sglang.jobs.results import Line, Results
 from mm_sglang.jobs.schema import Schema, mismatch
-from mm_sglang.parallel.placement import free_cpus, host_for_messages
+from mm_sglang.parallel.placement import decoder_cpus, host_for_messages
 from mm_sglang.parallel.wire import Hub, Message
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Work:
 
     input: Input
     tries: int = 0
+    replica: int = 0  # that was asked last
     began: float = 0.0
     chunks: list[list[float]] = field(default_factory=list)  # [tokens, seconds], of the current try
 
@@ -43,7 +44,7 @@ class Job:
     """Args:
     inputs: those without an answer yet.
     name: unlike any other job's on the cluster.
-    on_event: hears of replicas that are ready or down.
+    on_event: hears of replicas that wait for a place, are ready or down.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Job:
         compact = () if schema is None else ("--constrained-json-disable-any-whitespace",)
         gang = Gang(
             model=options.model, config=options.config, extra=(*options.extra, *compact), gpus=options.gpus,
-            decoders=free_cpus(options.replicas), hub=self.hub.address, token=self.hub.token, name=name,
+            decoders=decoder_cpus(options.gpus, options.replicas), name=name,
+            hub=self.hub.address, token=self.hub.token,
         )  # fmt: skip
         self.replicas = [
             Replica(number, gang, self.hub, patience or Patience(), on_event=on_event or self._tell)
@@ -115,7 +117,7 @@ class Job:
             return
         self.count += 1
         rid = f"{replica.gang.name}-{self.count}"
-        work.tries, work.began, work.chunks = work.tries + 1, time.monotonic(), []
+        work.tries, work.replica, work.began, work.chunks = work.tries + 1, replica.number, time.monotonic(), []
         self.asked[rid] = replica, work
         sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": self.options.max_tokens}
         if self.schema is not None:
@@ -172,7 +174,12 @@ class Job:
     def _finish(self, work: Work, **facts: Any) -> None:
         line: Line = {"key": work.input.key, "video": str(work.input.video), "question": self.options.question, **facts}
         if work.tries:
-            line |= {"tries": work.tries, "seconds": round(time.monotonic() - work.began, 3), "chunks": work.chunks}
+            line |= {
+                "replica": work.replica,
+                "tries": work.tries,
+                "seconds": round(time.monotonic() - work.began, 3),
+                "chunks": work.chunks,
+            }
         self.results.add(line)
         if "error" in facts:
             self.errors += 1
@@ -190,5 +197,9 @@ class Job:
         tqdm.write(f"{error}; going on with {len(self.replicas)}", file=sys.stderr)
 
     def _tell(self, what: str, facts: Message) -> None:
-        said = f"ready after {facts['seconds']:.0f} s" if what == "ready" else f"starts again: {facts['error']}"
-        tqdm.write(f"replica {facts['replica']} {said}", file=sys.stderr)
+        said = {
+            "waiting": "waits for a place: {error}",
+            "ready": "ready after {seconds:.0f} s",
+            "down": "failed: {error}",
+        }
+        tqdm.write(f"replica {facts['replica']} {said[what].format(**facts)}", file=sys.stderr)

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.jobs.leader import Leader
-from mm_sglang.parallel.placement import Process, no_place, place, reap
+from mm_sglang.parallel.placement import Process, decoder_cpus, lost_nodes, no_place, nodes_of, place, reap
 from mm_sglang.parallel.wire import Hub, Message
 
 
@@ -24,9 +24,14 @@ class Patience:
     silence: float = 4.0  # no heartbeat of a process that serves
     start_silence: float = 30.0  # the same while it imports and loads, which can keep Python's lock
     start: float = 600.0  # from placed to serving
-    place: float = 60.0
+    place: float = 60.0  # for the first time: GPUs that are not there by then are somebody else's
+    place_again: float = 600.0  # after a node was lost: somebody may bring another
     stall: float = 300.0  # no chunk and no answer although something was asked: SGLang's own watchdog takes as long
     starts: int = 4  # failed starts in a row before the job gives up
+
+
+PLACE_ANEW_S = 5.0  # what is free, and so what to ask for, may be something else by then
+LOOK_S = 1.0
 
 
 class ReplicaError(RuntimeError):
@@ -52,25 +57,33 @@ class Replica:
     asked: dict[str, float] = field(default_factory=dict)  # rid -> when it last got anywhere
     used: dict[str, int] = field(default_factory=dict)  # rank -> tokens of its pool that requests hold
     processes: dict[str, Process] = field(default_factory=dict)
-    on_event: Callable[[str, Message], None] | None = None  # ("ready" | "down", facts), for tests and benchmarks
+    on_event: Callable[[str, Message], None] | None = None  # ("waiting" | "ready" | "down", facts)
     _beats: dict[str, float] = field(default_factory=dict)
     _group: PlacementGroup | None = None
+    _nodes: set[str] = field(default_factory=set)  # of the group
+    _looked: float = 0.0  # whether there is a better place, or whether the nodes are still there
     _leader: Any = None
     _run: Any = None
     _broken: str | None = None
+    _missing: str | None = None  # what was last said to be
     _since: float = 0.0
     _name: str = ""
 
     def start(self) -> None:
         """Ask for a place; `watch` starts the processes there, and a message says when they serve."""
         if self._group is None:
-            self._group = place(self.gang.gpus, self.gang.decoders, f"{self.gang.name}.{self.number}")
-        self.ready, self._broken, self._run, self._since = False, None, None, time.monotonic()
+            self._place()
+        self.ready, self._broken, self._run = False, None, None
+        self._since = self._looked = time.monotonic()
+
+    def _place(self) -> None:
+        self._group = place(self.gang.gpus, self.gang.decoders, f"{self.gang.name}.{self.number}")
 
     def _launch(self, group: PlacementGroup) -> None:
         self.generation += 1
         self._name = f"{self.gang.name}.{self.number}.{self.generation}"
-        self._since = time.monotonic()
+        self._since = self._looked = time.monotonic()
+        self._nodes, self._missing = nodes_of(group), None
         self._leader = (
             ray.remote(Leader)
             .options(
@@ -130,6 +143,10 @@ class Replica:
             return self._broken
         if ray.wait([self._run], timeout=0)[0]:
             return f"its leader ended: {_cause(self._run)}"
+        if not self.ready and now - self._looked > LOOK_S:  # what has not sent its first heartbeat cannot fall silent
+            self._looked = now
+            if lost := lost_nodes(self._nodes):
+                return f"lost with its node {', '.join(sorted(lost))}"
         silence = self.patience.silence if self.ready else self.patience.start_silence
         for peer, last in self._beats.items():
             if now - last > silence:
@@ -167,24 +184,40 @@ class Replica:
 
     def _place_or_wait(self) -> None:
         assert self._group is not None, "start() comes first"
+        now = time.monotonic()
+        patience = self.patience.place_again if self.generation else self.patience.place
         if self._group.wait(0):
             self._launch(self._group)
-        elif time.monotonic() - self._since > self.patience.place:
-            raise ReplicaError(f"replica {self.number}: {no_place(self._group, self.patience.place)}")
+        elif now - self._since > patience:
+            raise ReplicaError(f"replica {self.number}: no place after {patience:.0f} s: {no_place(self._group)}")
+        elif now - self._looked > PLACE_ANEW_S:
+            if (missing := no_place(self._group)) != self._missing:
+                self._missing = missing
+                self._event("waiting", error=missing)
+            self._leave()
+            self.gang = replace(self.gang, decoders=decoder_cpus(self.gang.gpus, 1))
+            self._place()
+            self._looked = now
 
     def kill(self) -> None:
-        """End every process of the gang, stopped ones too; the placement group stays."""
+        """End every process of the gang, stopped ones too; the placement group stays, unless a node of it is lost."""
         self.ready = False
         if self._leader is not None:
             ray.kill(self._leader)
             reap(self.processes.values())
             self._leader = None
+            if lost_nodes(self._nodes):
+                self._leave()
         self._name = "of no gang"  # what the old one had sent and is still to come says nothing about the next
         for table in (self.asked, self.used, self.processes, self._beats):
             table.clear()
 
     def close(self) -> None:
         self.kill()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Give the place back."""
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None

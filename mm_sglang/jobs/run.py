@@ -6,9 +6,9 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,14 @@ def run_job(options: JobOptions) -> int:
         RuntimeError: no replica runs any more.
     """
     require_files(options.videos)
+    _require_kept(options.out)
+    model, config = whole_paths(options.model, options.config)
+    options = replace(options, model=model, config=config)
     for name in ("gpus", "replicas", "max_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: needs at least 1")
     schema = None if options.schema is None else read_schema(options.schema)
-    _require_settings(options)
+    require_settings(options.model, options.config, options.extra)
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
         results = stack.enter_context(Results(options.out))
@@ -70,6 +73,18 @@ def run_job(options: JobOptions) -> int:
         return Job(options, schema, open_inputs, results, name=secrets.token_hex(4)).run(stack)
 
 
+def whole_paths(model: str, config: str | None) -> tuple[str, str | None]:
+    """Replicas run in folders of their own, on other hosts too."""
+    model = str(Path(model).absolute()) if Path(model).is_dir() else model
+    return model, None if config is None else str(Path(config).absolute())
+
+
+def _require_kept(out: Path) -> None:
+    """A job submitted with a working directory runs in Ray's copy of it, which goes when the job ends."""
+    if {"runtime_resources", "working_dir_files"} <= set(out.absolute().parts):
+        raise ValueError(f"--out {out}: Ray deletes the job's working directory, needs an absolute path outside of it")
+
+
 def _asked(options: JobOptions, schema: Schema | None) -> Any:
     """What an answer depends on besides the video; how many GPUs compute it is no part of that."""
     from mm_sglang.model_hash import model_hash
@@ -79,16 +94,16 @@ def _asked(options: JobOptions, schema: Schema | None) -> Any:
     return {"question": options.question, "schema": schema, "model": model_hash(options.model), "settings": settings}
 
 
-def _require_settings(options: JobOptions) -> None:
+def require_settings(model: str, config: str | None, extra: Sequence[str]) -> None:
     """What a replica's leader does when it starts, done here to hear of mistakes now."""
     from mm_sglang.compat import require_supported_sglang
     from mm_sglang.serve import TENSOR_PARALLEL, server_command
 
     require_supported_sglang()
     for flag in TENSOR_PARALLEL:
-        if flag in options.extra:
+        if flag in extra:
             raise ValueError(f"{flag}: a job's ranks are counted by --gpus")
-    server_command(options.model, config=options.config, extra=options.extra, cores=1)
+    server_command(model, config=config, extra=extra, cores=1)
 
 
 def _join_cluster(options: JobOptions, stack: ExitStack) -> None:
