@@ -1,7 +1,8 @@
 """A prefill batch whose rows are spread over ranks: K and V of all of them everywhere, queries where they are owned.
 
-Every rank plans each chunk whole, from the same keys and the same sampled queries, and runs the query tiles that it
-owns; that makes plan and output independent of the number of ranks. Queries that a recipe gathers (a grid's whole rows,
+All ranks make the same whole plan of each chunk, from the same keys and the same sampled queries, and share out what is
+dear in it, the masses over all keys (kernels/share.py); each runs the query tiles that it owns. That makes plan and
+output independent of the number of ranks. Queries that a recipe gathers (a grid's whole rows,
 the rarer class of a q or 2d boundary) form tiles of rows of many owners: those tiles go round the ranks in turn and
 their output is gathered, which costs all queries of the layer and the output of those tiles, in bytes moved.
 
@@ -111,6 +112,10 @@ class ChunkShare:
     start: int
     out: torch.Tensor
     values: Callable[[], None]
+
+    @property
+    def team(self) -> Ranks:
+        return self.batch.ranks
 
     def begin(self, group: HeadGroup) -> HeadGroup | None:
         self.values()
