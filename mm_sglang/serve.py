@@ -185,6 +185,7 @@ def _context_parallel(size: int, extra: Sequence[str]) -> list[str]:
     if size == 1:
         return []
     flags = {"--tp-size": str(size), "--attn-cp-size": str(size), "--enable-prefill-cp": None}
+    flags |= {"--mm-enable-dp-encoder": None}  # whole vision weights on every rank, which encodes its share of frames
     flags |= {"--cp-strategy": "interleave", "--cuda-graph-backend-prefill": "disabled"}  # captured, but never replayed
     return [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
 

@@ -83,20 +83,24 @@ def parallel(**values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "values, settings, mixed, message",
+    "values, settings, mixed, encoder, message",
     [
-        ({"enable_prefill_cp": False}, {}, False, "--attn-cp-size 2 with no --enable-prefill-cp: needs it"),
-        ({"tp_size": 4}, {}, False, "--attn-cp-size 2 with --tp-size 4: needs --tp-size 2"),
-        ({"pp_size": 2}, {}, False, "with --pp-size 2: needs 1"),
-        ({}, {}, True, "with --enable-mixed-chunk: needs none"),
-        ({}, {"probe": Probe()}, False, "with probe or guard: needs neither"),
+        ({"enable_prefill_cp": False}, {}, False, False, "--attn-cp-size 2 with no --enable-prefill-cp: needs it"),
+        ({"tp_size": 4}, {}, False, False, "--attn-cp-size 2 with --tp-size 4: needs --tp-size 2"),
+        ({"pp_size": 2}, {}, False, False, "with --pp-size 2: needs 1"),
+        ({}, {}, True, False, "with --enable-mixed-chunk: needs none"),
+        ({}, {"probe": Probe()}, False, False, "with probe or guard: needs neither"),
+        ({}, {}, False, True, "with no --mm-enable-dp-encoder: needs it"),
     ],
 )
 def test_launches_that_do_not_fit_are_refused(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], settings: dict[str, Any], mixed: bool, message: str
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], settings: dict[str, Any], mixed: bool, encoder: bool,
+    message: str,
+) -> None:  # fmt: skip
+    """encoder: without SGLang's flag for the vision tower."""
     monkeypatch.setattr(start, "get_parallel", parallel(**values))
     monkeypatch.setattr(start, "get_schedule", lambda: SimpleNamespace(enable_mixed_chunk=mixed))
+    monkeypatch.setattr(start, "get_mm", lambda: SimpleNamespace(mm_enable_dp_encoder=not encoder))
     with pytest.raises(ValueError, match=message):
         start.start_ranks(SimpleNamespace(), SparseConfig(default=Dense(), **settings))
 
