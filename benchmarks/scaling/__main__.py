@@ -1,6 +1,7 @@
 """Time to first token of one prompt on N GPUs: mm_sparse's context parallelism and what stock SGLang has.
 
 python -m benchmarks.scaling --gpus 1       then 2 and 4, on a machine that has them; the file keeps the others
+python -m benchmarks.scaling --gpus 4 --only mm_sparse --chunk 131072 --minutes 4    one run, stored as it goes
 python -m benchmarks.scaling --show FILE    the table and the picture again, no GPU needed
 """
 
@@ -22,6 +23,7 @@ from benchmarks.scaling.parts import specs
 from benchmarks.scaling.report import plot, table
 from benchmarks.ttft.__main__ import RESULTS, gpus, run
 from benchmarks.ttft.model import LAYERS, make_model
+from benchmarks.ttft.parts import CHUNK
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,6 +37,8 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="default: all that are visible")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256 * K, 1024 * K], metavar="TOKENS")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of {LAYERS}; default: all")
+    parser.add_argument("--chunk", type=int, default=CHUNK, metavar="TOKENS", help=f"default: {CHUNK}")
+    parser.add_argument("--only", nargs="+", default=["mm_sparse", "stock"], choices=["mm_sparse", "stock"])
     parser.add_argument("--minutes", type=float, default=60, help="what would end later is left out; default: 60")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/scaling.json")
     parser.add_argument("--show", type=Path, metavar="FILE", help="table and picture of a stored record")
@@ -59,14 +63,22 @@ def main() -> int:
     if out.exists():
         held = json.loads(out.read_text())
         if held["about"]["commit"] == about["commit"] and held["layers"] == options.layers:
-            record["runs"] = [r for r in held["runs"] if r["gpus"] != count]
+            again = {(count, options.chunk, name) for name in options.only}
+            record["runs"] = [r for r in held["runs"] if (r["gpus"], r["chunk"], r["name"]) not in again]
+        else:
+            out.rename(out.with_stem(f"{out.stem}-{held['about']['commit']}-{held['layers']}"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_model(folder / f"{options.layers}-layers", layers=options.layers, positions=max(options.lengths) + 8192)
-        for spec in specs(count, sorted(options.lengths), options.layers, folder):
-            result = run(spec | {"deadline": deadline}, folder, ",".join(visible[:count]))
-            record["runs"].append(result | {"gpus": count})
+        done = record["runs"]
+
+        def store(result: dict[str, Any]) -> None:
+            record["runs"] = [*done, result | {"gpus": count}]
             out.write_text(json.dumps(record, indent=1))
+
+        for spec in specs(count, sorted(options.lengths), options.layers, options.chunk, options.only, folder):
+            store(run(spec | {"deadline": deadline}, folder, ",".join(visible[:count]), store))
+            done = record["runs"]
     print(table(record))
     plot(record, out.with_suffix(".png"))
     return 1 if any("error" in r for r in record["runs"]) else 0
