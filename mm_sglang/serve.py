@@ -87,7 +87,7 @@ def server_command(
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
     if max_video_tokens is not None:
-        lifted = long_video(model, max_video_tokens, ranks=ranks // spread)
+        lifted = long_video(model, max_video_tokens, ranks=ranks // spread, spread=spread)
         if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
             require_room(lifted.needs, torch.cuda.mem_get_info()[0])
         print(f"mm-sglang serve: {lifted.needs}", flush=True)
