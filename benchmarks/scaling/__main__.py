@@ -3,6 +3,7 @@
 python -m benchmarks.scaling --gpus 1       then 2 and 4, on a machine that has them; the file keeps the others
 python -m benchmarks.scaling --gpus 4 --only mm_sparse --chunk 131072 --minutes 4    one run, stored as it goes
 python -m benchmarks.scaling --show FILE    the table and the picture again, no GPU needed
+python -m benchmarks.scaling --predict FILE [--vision S] [--decode S --workers N]     the cost model, no GPU needed
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
+from benchmarks.scaling.model import M, prediction_table
 from benchmarks.scaling.parts import specs
 from benchmarks.scaling.report import plot, table
 from benchmarks.ttft.__main__ import RESULTS, gpus, run
@@ -42,7 +44,23 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="what would end later is left out; default: 60")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/scaling.json")
     parser.add_argument("--show", type=Path, metavar="FILE", help="table and picture of a stored record")
+    parser.add_argument(
+        "--predict", type=Path, metavar="FILE", help="the cost model beside a record, and for more GPUs"
+    )
+    per_million = "seconds for 1,048,576 tokens; default: 0, left out"
+    parser.add_argument(
+        "--vision", type=float, default=0.0, help=f"with --predict: of one GPU's vision tower, {per_million}"
+    )
+    parser.add_argument("--decode", type=float, default=0.0, help=f"with --predict: of one CPU decoder, {per_million}")
+    parser.add_argument("--workers", type=int, default=1, help="with --predict: CPU decoders; default: 1")
     options = parser.parse_args()
+    if options.predict is not None:
+        held = json.loads(options.predict.read_text())
+        try:
+            print(prediction_table(held, vision=options.vision / M, decode=options.decode / M, workers=options.workers))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
     if options.show is not None:
         held = json.loads(options.show.read_text())
         print(table(held))
