@@ -212,9 +212,10 @@ def sampled_mass(
     first, here = part_of(team, -(-(sampled + shift) // block))
     base_key, width = (0, sampled) if team is None else (first * block - shift, here * block)
     number = -(-keys // BUCKET)
-    words = -(-members * number // 2) * 2  # columns start at a multiple of 16 bytes, as Triton's kernels like it
-    room = torch.zeros(1, 8 * words + 4 * len(heads) * width, dtype=torch.uint8, device=device)  # one exchange, not two
-    buckets, columns = room[0, : 8 * words].view(torch.int64), room[0, 8 * words :].view(torch.float32)
+    # One buffer, hence one exchange; columns start at a multiple of 16 bytes, as compiled kernels like it.
+    words, floats = -(-members * number // 2) * 2, len(heads) * width
+    room = torch.zeros(1, words + -(-floats // 2), dtype=torch.int64, device=device)
+    buckets, columns = room[0, :words], room[0, words:].view(torch.float32)
     _mass[(here, len(heads))](
         q, k, q if slots is None else slots, q if k_pos is None else k_pos, rows, head_numbers(heads, device),
         device_ints(kv_head, device), lse, columns, buckets, count, sampled, prefix, scale * LOG2E,
@@ -223,7 +224,7 @@ def sampled_mass(
         ROWS=ROWS, BLOCK=block, BUCKET=BUCKET, FIXED_POINT=FIXED_POINT, num_warps=4,
     )  # fmt: skip
     rooms = gathered(team, room)
-    buckets = rooms[:, : 8 * words].view(torch.int64).sum(0)[: members * number].view(members, number)
-    columns = rooms[:, 8 * words :].view(torch.float32).view(-1, len(heads), width).transpose(0, 1).flatten(1)
+    buckets = rooms[:, : members * number].sum(0).view(members, number)
+    columns = rooms[:, words:].view(torch.float32)[:, :floats].view(-1, len(heads), width).transpose(0, 1).flatten(1)
     begin = 0 if team is None else shift
     return columns[:, begin : begin + sampled], buckets.float() / FIXED_POINT
