@@ -186,3 +186,16 @@ def test_only_the_sampled_queries_travel_where_nothing_is_gathered() -> None:
     # 2 + 2, and the diagonals
     assert rows["vertical_slash"] == 2 * width + 17 + 2 + 2 + 1
     assert rows["grid_frame"] > 3 * width
+
+
+def test_of_the_queries_only_heads_that_are_looked_at_travel() -> None:
+    """Heads whose rows are gathered in full, apart from those with a few sampled rows, apart from those with none."""
+    names = ["grid_frame", "grid_frame", "block_topk", "vertical_slash", "vertical_slash", "grid_frame"]
+    patterns = [head_pattern(RECIPES[name]) for name in names]
+    batch, new = prompts([(0, 1000), (300, 7)], patterns)
+    sharding = Sharding(lengths=(1000, 7), size=2, kind="stripe")
+    ranks = Ranks(rank=0, size=2, group=None, cpu_group=None)
+    shared = SharedBatch.of(ranks, sharding, 640, [p.chunk for p in batch], new)
+    assert shared._needs([patterns] * 2) == [((2, 3, 4), (17, 7)), ((0, 1, 5), (1000, 7))]
+    assert shared._needs([[head_pattern(RECIPES["block_topk"])] * 6] * 2) == []
+    assert torch.equal(together(batch, new, 2, "stripe")[0], alone(batch)[0])
