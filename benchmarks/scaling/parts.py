@@ -25,7 +25,7 @@ def specs(
     if gpus > 1:
         ours["arguments"] |= {
             "tp_size": gpus, "attn_cp_size": gpus, "enable_prefill_cp": True, "cp_strategy": "interleave",
-            "mm_enable_dp_encoder": True,
+            "mm_enable_dp_encoder": True, "cuda_graph_backend_prefill": "disabled",
         }  # fmt: skip
         stock["arguments"] |= {"tp_size": gpus}
     return [one for one in (ours, stock) if one["name"] in only]
