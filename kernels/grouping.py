@@ -12,6 +12,7 @@ from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 from mm_sglang.kernels.plan import BUCKET, PAD, TILE, Bands, HeadGroup, Segment, device_ints
+from mm_sglang.kernels.share import Team
 
 
 def groups_of(
@@ -23,10 +24,11 @@ def groups_of(
     pattern: HeadPattern,
     scale: float,
     ops: Ops,
+    team: Team | None,
 ) -> Iterator[HeadGroup]:
     """Groups of the heads whose recipe is `pattern`, in the order in which an engine must run them."""
     heads, kv_head = _heads(patterns, pattern, len(patterns) // k.shape[1])
-    view = View(ops=ops, q=q, k=k, slots=slots, scale=scale, layout=layout, heads=heads, kv_head=kv_head)
+    view = View(ops=ops, q=q, k=k, slots=slots, scale=scale, layout=layout, heads=heads, kv_head=kv_head, team=team)
     present = [c for c in pattern.query_classes if c is None or _rows(view, c)]
     # The commoner class runs in place, over all rows; the other's rows are gathered and overwrite theirs.
     present.sort(key=lambda c: -_rows(view, c) if c else 0)

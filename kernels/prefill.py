@@ -17,7 +17,7 @@ from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern
 from mm_sglang.kernels.plan import HeadGroup, Plan
-from mm_sglang.kernels.share import Share
+from mm_sglang.kernels.share import Share, Team
 
 
 def make_plan(
@@ -34,16 +34,16 @@ def make_plan(
     _check(q, k, k, layout, patterns, slots)
     return Plan(
         prefix=layout.length - len(q), queries=len(q), heads=q.shape[1],
-        groups=tuple(_groups(q, k, slots, layout, patterns, scale, ops)),
+        groups=tuple(_groups(q, k, slots, layout, patterns, scale, ops, None)),
     )  # fmt: skip
 
 
 def _groups(
     q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, layout: TokenLayout, patterns: Sequence[HeadPattern],
-    scale: float, ops: Ops,
+    scale: float, ops: Ops, team: Team | None,
 ) -> Iterator[HeadGroup]:  # fmt: skip
     for pattern in dict.fromkeys(patterns):  # heads of equal recipes form groups, in order of first use
-        yield from groups_of(q, k, slots, layout, patterns, pattern, scale, ops)
+        yield from groups_of(q, k, slots, layout, patterns, pattern, scale, ops, team)
 
 
 def sparse_prefill(
@@ -88,8 +88,8 @@ def sparse_prefill(
             f"on {q.device}"
         )
     lse = torch.empty(q.shape[1], len(q), device=q.device)
-    groups = []
-    for group in _groups(q, k, slots, layout, patterns, scale, engine.ops()):
+    groups, team = [], None if share is None else share.team
+    for group in _groups(q, k, slots, layout, patterns, scale, engine.ops(), team):
         part = group if share is None else share.begin(group)
         if part is not None:
             engine.attend(q, k, v, slots, part, scale, out, lse)  # at once: the device works while the next is planned

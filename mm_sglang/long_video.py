@@ -17,7 +17,9 @@ from typing import Any
 from mm_sglang.kernels.layout import TokenLayout
 
 TEXT = 32768  # tokens of text a prompt may have beside its video
-CHUNK = 32768  # within 10% of 128K at a million tokens for 17 GB less (README); an MLP's memory grows with it
+# Of a rank: within 10% of 128K at a million tokens for 17 GB less (README); an MLP's memory grows with it. Context-
+# parallel ranks share a chunk, and what each of them repeats (selecting, copying keys) costs once a chunk.
+CHUNK = 32768
 LEAST_PER_FRAME = 128  # tokens that SGLang's smallest frame has; a token lasts two frames
 MEDIA_MB = 8192
 WATCHDOG_S = 3600
@@ -78,12 +80,12 @@ class LongVideo:
     needs: Needs
 
 
-def long_video(model: str, tokens: int, *, ranks: int = 1) -> LongVideo:
+def long_video(model: str, tokens: int, *, ranks: int = 1, spread: int = 1) -> LongVideo:
     """For videos of up to `tokens` tokens after the vision tower's merging.
 
     Args:
         model: folder or Hugging Face name, of a known architecture.
-        ranks: tensor parallel size.
+        ranks: tensor parallel size; spread: context-parallel ranks, each with all weights, keys and values.
 
     Raises:
         ValueError: fewer than 1024 tokens, or a model whose configuration can't be read.
@@ -104,8 +106,8 @@ def long_video(model: str, tokens: int, *, ranks: int = 1) -> LongVideo:
     return LongVideo(
         flags={
             "--context-length": str(tokens + TEXT),
-            "--chunked-prefill-size": str(CHUNK),
-            "--max-prefill-tokens": str(CHUNK),
+            "--chunked-prefill-size": str(CHUNK * spread),
+            "--max-prefill-tokens": str(CHUNK * spread),
             "--mm-process-config": json.dumps(process),
             "--media-url-max-file-size-mb": str(MEDIA_MB),
             "--watchdog-timeout": str(WATCHDOG_S),
@@ -114,13 +116,15 @@ def long_video(model: str, tokens: int, *, ranks: int = 1) -> LongVideo:
             "SGLANG_VLM_CACHE_SIZE_MB": str(math.ceil(embedding / (1 << 20)) + 64),
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         },
-        needs=_needs(model, text, tokens + TEXT, embedding, ranks),
+        needs=_needs(model, text, tokens + TEXT, embedding, ranks, spread),
     )
 
 
-def _needs(model: str, text: Any, tokens: int, embedding: int, ranks: int) -> Needs:
+def _needs(model: str, text: Any, tokens: int, embedding: int, ranks: int, spread: int) -> Needs:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = max(text.num_key_value_heads // ranks, 1)
+    # Queries and output of the whole chunk, of which a rank computes its own rows
+    shared = 2 * CHUNK * ELEMENT * text.num_attention_heads * head_dim * spread if spread > 1 else 0
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
     return Needs(
         tokens=tokens,
@@ -128,7 +132,7 @@ def _needs(model: str, text: Any, tokens: int, embedding: int, ranks: int) -> Ne
         keys_and_values=2 * text.num_hidden_layers * heads * head_dim * ELEMENT * tokens,
         embedding=embedding,
         # gate and up, their product, and the residual stream before and after
-        activations=CHUNK * ELEMENT * (3 * text.intermediate_size // ranks + 4 * text.hidden_size),
+        activations=CHUNK * ELEMENT * (3 * text.intermediate_size // ranks + 4 * text.hidden_size) + shared,
     )
 
 

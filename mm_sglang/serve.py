@@ -90,7 +90,7 @@ def server_command(
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
     if max_video_tokens is not None:
-        lifted = long_video(model, max_video_tokens, ranks=ranks // spread)
+        lifted = long_video(model, max_video_tokens, ranks=ranks // spread, spread=spread)
         if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
             require_room(lifted.needs, torch.cuda.mem_get_info()[0])
         print(f"mm-sglang serve: {lifted.needs}", flush=True)
@@ -194,6 +194,7 @@ def _context_parallel(size: int, extra: Sequence[str]) -> list[str]:
     if size == 1:
         return []
     flags = {"--tp-size": str(size), "--attn-cp-size": str(size), "--enable-prefill-cp": None}
+    flags |= {"--mm-enable-dp-encoder": None}  # whole vision weights on every rank, which encodes its share of frames
     flags |= {"--cp-strategy": "interleave", "--cuda-graph-backend-prefill": "disabled"}  # captured, but never replayed
     return [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
 

@@ -79,7 +79,12 @@ class Sharding:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Rows of each rank."""
-        return tuple(torch.bincount(self.row_owner, minlength=self.size).tolist())
+        total = torch.zeros(self.size, dtype=torch.int64)
+        for owners, length in zip(self.owners, self.lengths, strict=True):
+            rows = torch.full((len(owners),), TILE)
+            rows[-1:] -= len(owners) * TILE - length
+            total.index_add_(0, owners, rows)
+        return tuple(total.tolist())
 
     def tiles(self, chunk: int, rank: int) -> tuple[int, ...]:
         """Blocks of a chunk that a rank owns."""

@@ -68,7 +68,7 @@ def test_context_parallel_sets_what_sglang_needs(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
     model = str(model_folder(tmp_path))
     command, environment = server_command(model, config=None, extra=[], cores=2, context_parallel=2)
-    wanted = "--tp-size 2 --attn-cp-size 2 --enable-prefill-cp --cp-strategy interleave"
+    wanted = "--tp-size 2 --attn-cp-size 2 --enable-prefill-cp --mm-enable-dp-encoder --cp-strategy interleave"
     assert wanted in " ".join(command) and environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
     zigzag = ["--cp-strategy", "zigzag"]
     command, _ = server_command(model, config=None, extra=zigzag, cores=2, context_parallel=2)

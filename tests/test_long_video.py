@@ -28,6 +28,11 @@ def test_limits_and_memory_of_a_million_tokens(model: Path) -> None:
     assert int(lifted.environment["SGLANG_VLM_CACHE_SIZE_MB"]) * (1 << 20) >= (1 << 20) * 256 * 2
     assert lifted.needs.keys_and_values == 2 * 3 * 2 * 32 * 2 * ((1 << 20) + TEXT)
     assert long_video(str(model), 1 << 20, ranks=2).needs.keys_and_values * 2 == lifted.needs.keys_and_values
+    spread = long_video(str(model), 1 << 20, spread=4)
+    assert spread.flags["--chunked-prefill-size"] == spread.flags["--max-prefill-tokens"] == str(4 * CHUNK)
+    assert spread.needs.keys_and_values == lifted.needs.keys_and_values  # whole on each rank
+    both = 2 * 4 * CHUNK * 8 * 32 * 2  # queries and output of 8 heads of 32
+    assert spread.needs.activations - lifted.needs.activations == both
     assert lifted.needs.weights == sum(f.stat().st_size for f in model.glob("*.safetensors")) > 0
 
 
@@ -39,6 +44,11 @@ def test_the_command_holds_the_flags_and_a_flag_of_the_users_wins(model: Path, m
     assert command[command.index("--chunked-prefill-size") + 1] == str(CHUNK)
     assert command.count("--watchdog-timeout") == 1 and command[command.index("--watchdog-timeout") + 1] == "77"
     assert environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] == "1" and "SGLANG_VLM_CACHE_SIZE_MB" in environment
+
+
+def test_ranks_that_share_a_chunk_get_longer_ones(model: Path) -> None:
+    command, _ = server_command(str(model), config=None, extra=[], cores=2, max_video_tokens=65536, context_parallel=2)
+    assert command[command.index("--chunked-prefill-size") + 1] == str(2 * CHUNK)
 
 
 def test_too_little_memory_is_refused_in_bytes_and_tokens() -> None:

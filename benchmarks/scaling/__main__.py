@@ -1,7 +1,9 @@
 """Time to first token of one prompt on N GPUs: mm_sparse's context parallelism and what stock SGLang has.
 
 python -m benchmarks.scaling --gpus 1       then 2 and 4, on a machine that has them; the file keeps the others
+python -m benchmarks.scaling --gpus 4 --only mm_sparse --chunk 131072 --minutes 4    one run, stored as it goes
 python -m benchmarks.scaling --show FILE    the table and the picture again, no GPU needed
+python -m benchmarks.scaling --predict FILE [--vision S] [--decode S --workers N]     the cost model, no GPU needed
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import torch
 from benchmarks.common import Parser, results_of
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
+from benchmarks.scaling.model import M, prediction_table
 from benchmarks.scaling.parts import specs
 from benchmarks.scaling.report import plot, table
 from benchmarks.ttft.__main__ import gpus, run
 from benchmarks.ttft.model import LAYERS, make_model
+from benchmarks.ttft.parts import CHUNK
 
 
 def main() -> int:
@@ -29,10 +33,28 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="default: all that are visible")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256 * K, 1024 * K], metavar="TOKENS")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of {LAYERS}; default: all")
+    parser.add_argument("--chunk", type=int, default=CHUNK, metavar="TOKENS", help=f"default: {CHUNK}")
+    parser.add_argument("--only", nargs="+", default=["mm_sparse", "stock"], choices=["mm_sparse", "stock"])
     parser.add_argument("--minutes", type=float, default=60, help="what would end later is left out; default: 60")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/scaling.json")
     parser.add_argument("--show", type=Path, metavar="FILE", help="table and picture of a stored record")
+    parser.add_argument(
+        "--predict", type=Path, metavar="FILE", help="the cost model beside a record, and for more GPUs"
+    )
+    per_million = "seconds for 1,048,576 tokens; default: 0, left out"
+    parser.add_argument(
+        "--vision", type=float, default=0.0, help=f"with --predict: of one GPU's vision tower, {per_million}"
+    )
+    parser.add_argument("--decode", type=float, default=0.0, help=f"with --predict: of one CPU decoder, {per_million}")
+    parser.add_argument("--workers", type=int, default=1, help="with --predict: CPU decoders; default: 1")
     options = parser.parse_args()
+    if options.predict is not None:
+        held = json.loads(options.predict.read_text())
+        try:
+            print(prediction_table(held, vision=options.vision / M, decode=options.decode / M, workers=options.workers))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
     if options.show is not None:
         held = json.loads(options.show.read_text())
         print(table(held))
@@ -53,14 +75,22 @@ def main() -> int:
     if out.exists():
         held = json.loads(out.read_text())
         if held["about"]["commit"] == about["commit"] and held["layers"] == options.layers:
-            record["runs"] = [r for r in held["runs"] if r["gpus"] != count]
+            again = {(count, options.chunk, name) for name in options.only}
+            record["runs"] = [r for r in held["runs"] if (r["gpus"], r["chunk"], r["name"]) not in again]
+        else:
+            out.rename(out.with_stem(f"{out.stem}-{held['about']['commit']}-{held['layers']}"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_model(folder / f"{options.layers}-layers", layers=options.layers, positions=max(options.lengths) + 8192)
-        for spec in specs(count, sorted(options.lengths), options.layers, folder):
-            result = run(spec | {"deadline": deadline}, folder, ",".join(visible[:count]))
-            record["runs"].append(result | {"gpus": count})
+        done = record["runs"]
+
+        def store(result: dict[str, Any]) -> None:
+            record["runs"] = [*done, result | {"gpus": count}]
             out.write_text(json.dumps(record, indent=1))
+
+        for spec in specs(count, sorted(options.lengths), options.layers, options.chunk, options.only, folder):
+            store(run(spec | {"deadline": deadline}, folder, ",".join(visible[:count]), store))
+            done = record["runs"]
     print(table(record))
     plot(record, out.with_suffix(".png"))
     return 1 if any("error" in r for r in record["runs"]) else 0

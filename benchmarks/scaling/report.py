@@ -9,28 +9,37 @@ from benchmarks.kernels.cases import K
 
 
 def table(record: dict[str, Any]) -> str:
-    """Seconds by length, how far N GPUs are from N times one, and where the time of the longest goes."""
+    """Seconds by length, how far N GPUs are from N times one, and where the time of the longest goes.
+
+    Compared with one GPU, and with stock on as many, at the chunk that was best there.
+    """
     lines = [f"{record['about']['gpu']}, commit {record['about']['commit']}, {record['layers']} layers"]
     lines.append(
-        f"{'GPUs':>4}  {'who':10} {'tokens':>8} {'TTFT s':>9} {'efficiency':>10} {'over stock':>10} {'peak GB':>8}"
+        f"{'GPUs':>4}  {'who':10} {'chunk':>5} {'tokens':>8} {'TTFT s':>9} {'efficiency':>10} {'over stock':>10} "
+        f"{'peak GB':>8}"
     )
-    seconds = {(r["gpus"], r["name"], t["tokens"]): t["seconds"] for r in record["runs"] for t in r["ttft"]}
-    for run in sorted(record["runs"], key=lambda r: (r["name"], r["gpus"])):
+    seconds: dict[tuple[int, str, int], float] = {}
+    for run in record["runs"]:
+        for t in run["ttft"]:
+            key = run["gpus"], run["name"], t["tokens"]
+            seconds[key] = min(t["seconds"], seconds.get(key, t["seconds"]))
+    for run in sorted(record["runs"], key=lambda r: (r["name"], r["gpus"], r["chunk"])):
         for t in run["ttft"]:
             one = seconds.get((1, run["name"], t["tokens"]))
             stock = seconds.get((run["gpus"], "stock", t["tokens"]))
             share = f"{one / t['seconds'] / run['gpus']:10.2f}" if one else f"{'-':>10}"
             ratio = f"{stock / t['seconds']:9.2f}x" if stock and run["name"] != "stock" else f"{'-':>10}"
             lines.append(
-                f"{run['gpus']:4}  {run['name']:10} {t['tokens'] // K:7}K {t['seconds']:9.3f} {share} {ratio} "
-                f"{t['peak_gb']:8.1f}"
+                f"{run['gpus']:4}  {run['name']:10} {run['chunk'] // K:4}K {t['tokens'] // K:7}K {t['seconds']:9.3f} "
+                f"{share} {ratio} {t['peak_gb']:8.1f}"
             )
-        for key in ("left_out", "error"):
-            if run.get(key):
-                lines.append(f"      {run['name']}: {key}: {run[key]}")
+        for why in ("left_out", "error"):
+            if run.get(why):
+                lines.append(f"      {run['name']}: {why}: {run[why]}")
     for run in record["runs"]:
         if "profile" in run:
-            lines += ["", f"{run['gpus']} GPUs, {run['profile']['tokens'] // K}K: seconds of the slowest rank, balance"]
+            what = f"{run['gpus']} GPUs, chunk {run['chunk'] // K}K"
+            lines += ["", f"{what}, {run['profile']['tokens'] // K}K: seconds of the slowest rank, balance"]
             lines += [f"    {name:32} {most:8.3f} {balance:6.3f}" for name, most, balance in balances(run["profile"])]
             lines.append(f"    {'exchange that nothing hides':32} {run['profile']['exposed_exchange']:8.3f}")
     return "\n".join(lines)

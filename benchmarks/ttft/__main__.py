@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from benchmarks.kernels.report import machine
 from benchmarks.ttft import plots, profile
 from benchmarks.ttft.model import LAYERS, make_model
 from benchmarks.ttft.parts import PARTS, specs
+
+START = 75  # seconds until SGLang answers with 28 layers; 64 were measured
+GRACE = 60  # seconds after its deadline that a run may end by itself
 
 
 def table(record: dict[str, Any]) -> str:
@@ -60,21 +64,38 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(spec: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
-    """The child's record; what it had measured if it fails or runs out of time, with the end of what it said."""
+def run(
+    spec: dict[str, Any], folder: Path, gpu: str, seen: Callable[[dict[str, Any]], None] = lambda record: None
+) -> dict[str, Any]:
+    """The child's record; what it had measured if it fails or runs out of time, with the end of what it said.
+
+    seen: is given the record each time there is more in it.
+    """
+    about = {key: spec[key] for key in ("part", "name", "layers", "chunk", "mixed_chunk")}
     stem = f"{spec['part']}-{spec['name'].replace(':', '-')}-{spec['chunk']}"
     given, out, log = (folder / f"{stem}.{end}" for end in ("spec.json", "json", "log"))
+    if time.time() + START > spec["deadline"]:
+        return about | {"ttft": [], "left_out": ["everything: no time to start SGLang"]}
     given.write_text(json.dumps(spec))
+    last, late = "", False
     with log.open("w") as stream:
-        code = subprocess.call(
+        child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ttft.child", str(given), str(out)], stderr=stream,
             env=os.environ | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", "CUDA_VISIBLE_DEVICES": gpu},
         )  # fmt: skip
+        while child.poll() is None:
+            time.sleep(0.5)
+            if out.exists() and (text := out.read_text()) != last:
+                last = text
+                seen(about | json.loads(text))
+            if time.time() > spec["deadline"] + GRACE:
+                late = True
+                child.kill()  # SGLang's processes end with their parent
     record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"ttft": []}
-    if code:
-        record["error"] = f"exit code {code}"
+    if late or child.returncode:
+        record["error"] = f"ended {GRACE} s after its time" if late else f"exit code {child.returncode}"
         print(f"{stem}:\n{log.read_text()[-6000:]}", file=sys.stderr)
-    return {key: spec[key] for key in ("part", "name", "layers", "chunk", "mixed_chunk")} | record
+    return about | record
 
 
 def gpus() -> list[str]:

@@ -65,7 +65,9 @@ class Contestant:
         self.store()
 
     def store(self) -> None:
-        self.out.write_text(json.dumps(self.record, indent=1))
+        part = self.out.with_suffix(".part")  # whoever reads meanwhile gets the last one whole
+        part.write_text(json.dumps(self.record, indent=1))
+        part.replace(self.out)
 
     def seconds(self, ids: list[int], new: int = 1) -> float:
         began = time.perf_counter()
@@ -89,7 +91,7 @@ class Contestant:
         tokens_before, last = 1, 0.0
         for tokens in spec["lengths"]:
             repeats = spec["repeats"] if tokens <= 1 << 18 else spec["repeats_long"]
-            if not self.there_is_time(f"{tokens} tokens", last * (tokens / tokens_before) ** 2 * repeats):
+            if not self.there_is_time(f"{tokens} tokens", last * (tokens / tokens_before) ** spec["growth"] * repeats):
                 continue
             times = []
             with Memory() as memory:

@@ -57,6 +57,7 @@ def spec(
         "part": part, "name": who, "layers": layers, "chunk": chunk, "mixed_chunk": mixed, "arguments": arguments,
         "lengths": lengths, "repeats": 3 if part == "ttft" else 1,
         "repeats_long": 1 if who == "stock" else 2,  # past 256K; ours compiles a few kernels at its first ones
+        "growth": 2 if who == "stock" else 1.25,  # of seconds with tokens, to guess what a longer prompt takes
         "warm_up": sorted({4 * K, 32 * K, min(longest, 2 * chunk + 128)}),
     }  # fmt: skip
 

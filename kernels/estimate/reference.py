@@ -5,9 +5,16 @@ Legend: L sampled queries, R KV heads and g query heads of each (G = R * g), F s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from mm_sglang.kernels.plan import BUCKET
+from mm_sglang.kernels.share import Team, gathered, part_of
+
+PIECE = 256  # keys that are computed at once, on whichever rank: the same shapes give the same bits
+# Weights that several summands share are added as whole numbers of 2^-40, so that the sum does not depend on the order.
+FIXED_POINT = 2.0**40
 
 
 def sampled_mass(
@@ -22,6 +29,7 @@ def sampled_mass(
     k_pos: torch.Tensor | None,
     scale: float,
     last_row: int | None,
+    team: Team | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax of the sampled queries over the sampled keys at or before them, summed two ways.
 
@@ -33,28 +41,46 @@ def sampled_mass(
         keys: Nk; k_pos: int32 [F] ascending positions, or None for all Nk.
         scale: of the logits.
         last_row: the last of `rows` if they are consecutive, which the host then knows; else None. Not needed here.
+        team: ranks that ask for the same and compute parts of the keys each; all get the same bits, those of one alone.
 
     Returns:
         columns fp32 [R, F]: mean weight on each sampled key over the queries and heads of each KV head;
         buckets fp32 [G, ceil(Nk / BUCKET)]: weight on each bucket of distances, summed over the queries.
     """
     device, g = q.device, len(heads[0])
+    flat = torch.tensor(heads, device=device).flatten()  # [G]
     at = torch.arange(keys, device=device) if k_pos is None else k_pos.long()
-    source = k[at if slots is None else slots[at].long()]
-    distance = prefix + rows.long()[:, None] - at  # [L, F]
-    hidden = (distance < 0) | (rows < 0)[:, None]
-    columns = torch.zeros(len(kv_head), len(at), device=device)
-    buckets = torch.zeros(len(kv_head) * g, -(-keys // BUCKET), device=device)
-    for r, (row, kv) in enumerate(zip(heads, kv_head, strict=True)):
-        for i, head in enumerate(row):
-            if head < 0:
-                continue
-            logits = (q[rows.long(), head].float() @ source[:, kv].float().T) * scale
-            weight = logits.masked_fill(hidden, float("-inf")).softmax(1).nan_to_num(0.0)
-            columns[r] += weight.sum(0)
-            buckets[r * g + i].index_add_(0, (distance.clamp(min=0) // BUCKET).flatten(), weight.flatten())
-        columns[r] /= max(1, sum(h >= 0 for h in row)) * max(1, len(rows))
-    return columns, buckets
+    source = torch.tensor(kv_head, device=device).repeat_interleave(g)  # [G] its KV head
+    asked = q[rows.long()][:, flat.clamp(min=0)].transpose(0, 1).float()  # [G, L, D]
+    first, number = part_of(team, -(-len(at) // PIECE))
+
+    def pieces() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Masked logits [G, L, PIECE] or fewer, and distances [L, PIECE]."""
+        for piece in range(first, min(first + number, -(-len(at) // PIECE))):
+            own = at[piece * PIECE : (piece + 1) * PIECE]
+            distance = prefix + rows.long()[:, None] - own
+            hidden = ((distance < 0) | (rows < 0)[:, None]) | (flat < 0)[:, None, None]
+            of = k[own if slots is None else slots[own].long()][:, source].float()  # [PIECE, G, D]
+            logits = asked @ of.permute(1, 2, 0) * scale
+            yield logits.masked_fill(hidden, float("-inf")), distance.clamp(min=0)
+
+    stats = torch.tensor([-1e30, 0.0], device=device).view(2, 1, 1).repeat(number, 1, len(flat), len(rows))
+    for n, (logits, _) in enumerate(pieces()):
+        stats[n, 0] = logits.amax(2).clamp(min=-1e30)
+        stats[n, 1] = (logits - stats[n, 0, ..., None]).exp().sum(2)
+    tops, sums = gathered(team, stats).unbind(1)
+    total = (sums * (tops - tops.amax(0)).exp()).sum(0)
+    lse = torch.where(total > 0, tops.amax(0) + total.log(), float("inf"))  # [G, L]; inf: it sees nothing
+
+    columns = torch.zeros(number, len(kv_head), PIECE, device=device)
+    buckets = torch.zeros(len(flat), -(-keys // BUCKET), dtype=torch.int64, device=device)
+    for n, (logits, distance) in enumerate(pieces()):
+        weight = (logits - lse[..., None]).exp()
+        columns[n, :, : weight.shape[2]] = weight.view(len(kv_head), -1, weight.shape[2]).sum(1)
+        buckets.index_add_(1, (distance // BUCKET).flatten(), (weight * FIXED_POINT).long().flatten(1))
+    real = (flat >= 0).view(-1, g).sum(1, keepdim=True).clamp(min=1) * max(1, len(rows))
+    mean = gathered(team, columns).transpose(0, 1).flatten(1)[:, : len(at)] / real
+    return mean, gathered(team, buckets[None]).sum(0).float() / FIXED_POINT
 
 
 def row_lse(

@@ -17,6 +17,7 @@ from mm_sglang.kernels.plan import Bands, Blocks
 
 if TYPE_CHECKING:
     from mm_sglang.kernels.ops import Ops
+    from mm_sglang.kernels.share import Team
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +30,7 @@ class View:
         query_class, key_class: "text", "vision", or None for all.
         q_order: int32 [R, Mq * TILE] or None, as in HeadGroup.
         masses: estimates already made for these queries, by their arguments.
+        team: ranks that make this same plan and share out its estimates; None: one alone.
     """
 
     ops: Ops
@@ -43,6 +45,7 @@ class View:
     key_class: str | None = None
     q_order: torch.Tensor | None = None
     masses: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    team: Team | None = None
 
     @property
     def keys(self) -> int:
@@ -81,7 +84,7 @@ class View:
                     last_row = run[1] - 1 - self.prefix
             self.masses[key] = self.ops.sampled_mass(
                 self.q, self.k, self.slots, self.heads, self.kv_head, rows, self.prefix, self.keys, k_pos, self.scale,
-                last_row,
+                last_row, self.team,
             )  # fmt: skip
         return self.masses[key]
 

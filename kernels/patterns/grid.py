@@ -9,6 +9,7 @@ import torch
 
 from mm_sglang.kernels import classes
 from mm_sglang.kernels.classes import Lines, Stride
+from mm_sglang.kernels.estimate.reference import FIXED_POINT
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.a_shape import nearest
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_flag
@@ -100,14 +101,16 @@ class Grid(HeadPattern):
 
 
 def best_lines(mass: torch.Tensor, lines: Lines) -> torch.Tensor:
-    """Bool [R, Nk]: keys on the best lines of the best candidate stride.
+    """Bool [R, Nk]: keys on the best lines of the best candidate stride; the same whenever and wherever it is asked.
 
     Args:
         mass: fp32 [R, F] weight on each of lines.k_pos.
     """
     rows, candidates = len(mass), len(lines.of)
-    by_line = torch.zeros(rows, lines.number + 1, device=mass.device)
-    by_line.index_add_(1, lines.sampled, mass if candidates == 1 else mass.repeat(1, candidates))
+    counted = (mass * FIXED_POINT).long()  # ranks must agree, and atomic adds of floats round in any order
+    total = torch.zeros(rows, lines.number + 1, dtype=torch.int64, device=mass.device)
+    total.index_add_(1, lines.sampled, counted if candidates == 1 else counted.repeat(1, candidates))
+    by_line = total.float() / FIXED_POINT
     by_line[:, lines.number] = -1.0  # fillers rank last
     ranked = by_line[:, lines.table].sort(dim=2, descending=True)  # a few hundred lines an item, not the keys
     chosen, of = lines.taken.expand(rows, -1, -1), lines.of[0]

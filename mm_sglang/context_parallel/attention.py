@@ -1,9 +1,10 @@
 """A prefill batch whose rows are spread over ranks: K and V of all of them everywhere, queries where they are owned.
 
-Every rank plans each chunk whole, from the same keys and the same sampled queries, and runs the query tiles that it
-owns; that makes plan and output independent of the number of ranks. Queries that a recipe gathers (a grid's whole rows,
+All ranks make the same whole plan of each chunk, from the same keys and the same sampled queries, and share out what is
+dear in it, the masses over all keys (kernels/share.py); each runs the query tiles that it owns. That makes plan and
+output independent of the number of ranks. Queries that a recipe gathers (a grid's whole rows,
 the rarer class of a q or 2d boundary) form tiles of rows of many owners: those tiles go round the ranks in turn and
-their output is gathered, which costs all queries of the layer and the output of those tiles, in bytes moved.
+their output is gathered, which costs all queries of those heads and the output of those tiles, in bytes moved.
 
 Legend: N ranks, T rows of the batch, W rows of a rank filled up, H and Hkv heads, D head dimension, P rows of the pool.
 """
@@ -19,7 +20,6 @@ from mm_sglang.batches import SparseChunk
 from mm_sglang.context_parallel.collectives import Ranks
 from mm_sglang.kernels.layout import upload
 from mm_sglang.kernels.patterns import HeadPattern
-from mm_sglang.kernels.patterns.base import most_looked_at
 from mm_sglang.kernels.plan import TILE, HeadGroup, device_ints, head_numbers
 from mm_sglang.kernels.share import some_tiles
 from mm_sglang.parallel.sharding import Sharding, tail, turns
@@ -73,11 +73,25 @@ class SharedBatch:
         lengths = self.sharding.lengths
         out = q.new_zeros(sum(lengths) + 1, *q.shape[1:])
         out.index_copy_(0, self.rows, q[: len(self.rows)])
-        looked = [most_looked_at(r, c.layout) for r, c in zip(recipes, self.chunks, strict=True)]
-        need = tuple(n if k is None else min(k, n) for k, n in zip(looked, lengths, strict=True))
-        if any(need):
+        for heads, need in self._needs(recipes):
             send, place = self._fetch(need, q.device)
-            out.index_copy_(0, place, self.ranks.gather(q.index_select(0, send))())
+            at = device_ints(heads, q.device).long()
+            out[place[:, None], at] = self.ranks.gather(q.index_select(0, send).index_select(1, at))()
+        return out
+
+    def _needs(self, recipes: Sequence[Sequence[HeadPattern]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(heads, last rows of each chunk): in one piece those of which any row is wanted, in another all others."""
+        known = [{p: p.looks_at(c.layout) for p in set(r)} for r, c in zip(recipes, self.chunks, strict=True)]
+        looked = [[k[p] for k, p in zip(known, own, strict=True)] for own in zip(*recipes, strict=True)]  # [H][chunks]
+        out = []
+        for any_row in (False, True):
+            heads = tuple(head for head, own in enumerate(looked) if (None in own) == any_row)
+            need = tuple(
+                max((n if looked[head][c] is None else min(looked[head][c] or 0, n) for head in heads), default=0)
+                for c, n in enumerate(self.sharding.lengths)
+            )
+            if any(need):
+                out.append((heads, need))
         return out
 
     def _fetch(self, need: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +125,10 @@ class ChunkShare:
     start: int
     out: torch.Tensor
     values: Callable[[], None]
+
+    @property
+    def team(self) -> Ranks:
+        return self.batch.ranks
 
     def begin(self, group: HeadGroup) -> HeadGroup | None:
         self.values()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,14 +61,17 @@ class BlockStrategy(ContextParallelStrategy):  # type: ignore[misc]
         self.kind = ContextParallelStrategyKind.from_string(cp_strategy)  # decides how far SGLang fills up a rank
 
     def can_apply(self, num_tokens: int, forward_batch: ForwardBatch) -> bool:
-        """Whether there is a block for every rank; smaller batches run replicated, as upstream's do."""
+        """Whether there is a block for every rank, and no rank has more rows, filled up, than the batch.
+
+        SGLang cuts what it hands to a backend to the batch's rows. Smaller batches run replicated, as upstream's do.
+        """
         lengths = getattr(forward_batch, "extend_seq_lens_cpu", None)
         if lengths is None or not forward_batch.forward_mode.is_context_parallel_extend():
             return False
-        blocks = sum(blocks_of(int(n)) for n in lengths)
-        if blocks < self.cp_size:
+        fits = _fits(tuple(int(n) for n in lengths), self.cp_size, self.sharding_kind)
+        if not fits:
             _say_replicated(self.cp_size)
-        return bool(blocks >= self.cp_size)
+        return fits
 
     def build_metadata(
         self, num_tokens: int, seqs_len: list[int] | None, extend_seqs_len: list[int] | None = None
@@ -111,9 +114,17 @@ class BlockStrategy(ContextParallelStrategy):  # type: ignore[misc]
     run_attention = materialize_full_kv = materialize_full_mla_kv = _not_ours
 
 
+@lru_cache(maxsize=64)  # SGLang asks many times a batch
+def _fits(lengths: tuple[int, ...], size: int, kind: str) -> bool:
+    if sum(map(blocks_of, lengths)) < size:
+        return False
+    fullest = max(Sharding(lengths=lengths, size=size, kind=kind).counts)
+    return -(-fullest // (2 * size)) * 2 * size <= sum(lengths)  # padding.get_cp_padding_align_size, at most
+
+
 @cache
 def _say_replicated(size: int) -> None:
     log.info(
-        "mm_sparse: context parallelism, said once: batches of fewer than %d blocks of %d tokens, one a rank, are "
-        "computed on every rank", size, TILE,
+        "mm_sparse: context parallelism, said once: batches of fewer than %d blocks of %d tokens, one a rank, or "
+        "nearly all of one rank's, are computed on every rank", size, TILE,
     )  # fmt: skip

@@ -134,8 +134,15 @@ def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tu
             planned.append(tiles(plan))
         return shared.local(out)[: len(own)], planned
 
+    def run_or_free_the_others(rank: int) -> tuple[torch.Tensor, Tiles]:
+        try:
+            return run(rank)
+        except BaseException:
+            table.barrier.abort()
+            raise
+
     with ThreadPoolExecutor(size) as pool_of_threads:
-        parts = list(pool_of_threads.map(run, range(size)))
+        parts = list(pool_of_threads.map(run_or_free_the_others, range(size)))
     whole = torch.empty_like(q)
     for rank, (part, planned) in enumerate(parts):
         whole[sharding.rows(rank)] = part
@@ -175,5 +182,20 @@ def test_only_the_sampled_queries_travel_where_nothing_is_gathered() -> None:
         rows[name] = together(batch, new, 2, "stripe")[1].rows_moved
     width = 512
     assert rows["block_topk"] == 2 * width + 4  # and the means of its four blocks
-    assert rows["vertical_slash"] == 2 * width + 17  # all in the last block, so one rank has them all
+    # the sampled are all in the last block, so one rank has them all; and parts of their masses: of 4 pieces of keys
+    # 2 + 2, and the diagonals
+    assert rows["vertical_slash"] == 2 * width + 17 + 2 + 2 + 1
     assert rows["grid_frame"] > 3 * width
+
+
+def test_of_the_queries_only_heads_that_are_looked_at_travel() -> None:
+    """Heads whose rows are gathered in full, apart from those with a few sampled rows, apart from those with none."""
+    names = ["grid_frame", "grid_frame", "block_topk", "vertical_slash", "vertical_slash", "grid_frame"]
+    patterns = [head_pattern(RECIPES[name]) for name in names]
+    batch, new = prompts([(0, 1000), (300, 7)], patterns)
+    sharding = Sharding(lengths=(1000, 7), size=2, kind="stripe")
+    ranks = Ranks(rank=0, size=2, group=None, cpu_group=None)
+    shared = SharedBatch.of(ranks, sharding, 640, [p.chunk for p in batch], new)
+    assert shared._needs([patterns] * 2) == [((2, 3, 4), (17, 7)), ((0, 1, 5), (1000, 7))]
+    assert shared._needs([[head_pattern(RECIPES["block_topk"])] * 6] * 2) == []
+    assert torch.equal(together(batch, new, 2, "stripe")[0], alone(batch)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,12 +70,32 @@ def test_the_runner_shards_and_gathers_whole_blocks(name: str, monkeypatch: pyte
 def test_batches_without_a_block_a_rank_run_replicated() -> None:
     strategy = BlockStrategy(ranks(0, 4), "interleave", CPU)
     assert not strategy.can_apply(384, batch(384)) and strategy.can_apply(385, batch(385))
-    assert strategy.can_apply(4, batch(1, 1, 1, 1))  # requests are blocks too
+    assert strategy.can_apply(8, batch(2, 2, 2, 2))  # requests are blocks too
     decode = batch(1, 1, 1, 1)
     decode.forward_mode = ForwardMode.DECODE
     assert not strategy.can_apply(4, decode)
     with pytest.raises(RuntimeError, match="needs --attention-backend mm_sparse"):
         strategy.materialize_full_kv()
+
+
+@pytest.mark.parametrize("name", ["interleave", "zigzag"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_no_rank_has_more_rows_than_the_batch(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's attention layer cuts a rank's rows, filled up, to the batch's: of 81 and 1, two of 84 would be lost."""
+    strategy = BlockStrategy(ranks(0, size), name, CPU)
+    assert size > 2 or not strategy.can_apply(82, batch(81, 1))
+    monkeypatch.setattr(base, "_STRATEGY", None)
+    cp_strategy.install(strategy)
+    draw, spread = Random(size), 0
+    with get_parallel().override(attn_cp_size=size, enable_cp_tp_group_sharing=False):
+        for _ in range(300):
+            lengths = [draw.choice((1, 2, draw.randint(1, 300))) for _ in range(draw.randint(1, 6 * size))]
+            fb = batch(*lengths)
+            if strategy.can_apply(sum(lengths), fb):
+                prepare_cp_forward(fb)
+                assert fb.attn_cp_metadata.width <= sum(lengths), lengths
+                spread += 1
+    assert spread > 100
 
 
 def parallel(**values: Any) -> Any:
@@ -83,20 +104,24 @@ def parallel(**values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "values, settings, mixed, message",
+    "values, settings, mixed, encoder, message",
     [
-        ({"enable_prefill_cp": False}, {}, False, "--attn-cp-size 2 with no --enable-prefill-cp: needs it"),
-        ({"tp_size": 4}, {}, False, "--attn-cp-size 2 with --tp-size 4: needs --tp-size 2"),
-        ({"pp_size": 2}, {}, False, "with --pp-size 2: needs 1"),
-        ({}, {}, True, "with --enable-mixed-chunk: needs none"),
-        ({}, {"probe": Probe()}, False, "with probe or guard: needs neither"),
+        ({"enable_prefill_cp": False}, {}, False, False, "--attn-cp-size 2 with no --enable-prefill-cp: needs it"),
+        ({"tp_size": 4}, {}, False, False, "--attn-cp-size 2 with --tp-size 4: needs --tp-size 2"),
+        ({"pp_size": 2}, {}, False, False, "with --pp-size 2: needs 1"),
+        ({}, {}, True, False, "with --enable-mixed-chunk: needs none"),
+        ({}, {"probe": Probe()}, False, False, "with probe or guard: needs neither"),
+        ({}, {}, False, True, "with no --mm-enable-dp-encoder: needs it"),
     ],
 )
 def test_launches_that_do_not_fit_are_refused(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], settings: dict[str, Any], mixed: bool, message: str
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], settings: dict[str, Any], mixed: bool, encoder: bool,
+    message: str,
+) -> None:  # fmt: skip
+    """encoder: without SGLang's flag for the vision tower."""
     monkeypatch.setattr(start, "get_parallel", parallel(**values))
     monkeypatch.setattr(start, "get_schedule", lambda: SimpleNamespace(enable_mixed_chunk=mixed))
+    monkeypatch.setattr(start, "get_mm", lambda: SimpleNamespace(mm_enable_dp_encoder=not encoder))
     with pytest.raises(ValueError, match=message):
         start.start_ranks(SimpleNamespace(), SparseConfig(default=Dense(), **settings))
 
