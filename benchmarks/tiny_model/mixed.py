@@ -77,7 +77,7 @@ def _hide(
         for pair in range((clip.frames + 1) // 2)
     ]
     in_frames = min(max(3, turns // 3), len(COLOURS), len(frames))
-    in_text = min(max(3, turns - in_frames), len(NAMES), len(sentences) // 2)
+    in_text = min(max(3, turns - in_frames), len(CODES), len(sentences) // 2)
     pictures, lines = choice.sample(frames, in_frames), choice.sample(range(len(sentences)), in_text)
     text_first = in_text > 0 and choice.random() < 0.5
     if request.depth is not None:
@@ -96,11 +96,11 @@ def _hide(
         glyph = choice.choice(GLYPHS)
         needle(clips[number], pair, colour, glyph, choice)
         seen.append((offset / length, (f"What does the frame with the {colour} border show?", glyph)))
-    for at, name in zip(lines, choice.sample(NAMES, in_text), strict=True):
-        code = choice.choice(CODES)
+    for at, code in zip(lines, choice.sample(CODES, in_text), strict=True):
+        name = choice.choice(NAMES)
         offset, number, _ = sentences[at]
         sentences[at] = (offset, number, f"The code of {name} is {code}.")
-        told.append((offset / length, (f"What is the code of {name}?", code)))
+        told.append((offset / length, (f"Whose code is {code}?", name)))
     first = told.pop(0) if text_first else seen.pop(0)
     rest = [*seen, *told]
     choice.shuffle(rest)

@@ -26,7 +26,7 @@ CODES = _words(
     "amber birch cedar delta ember frost grape hazel ivory jade kayak lemon maple north ocean pearl "
     "quartz river solar tulip umber velvet willow xenon yacht zebra anchor bronze copper daisy"
 )
-ASKED_BY = (*COLOURS, *SHAPES, *NAMES)  # each question has one of these words, by which its answer is looked up
+ASKED_BY = (*COLOURS, *SHAPES, *CODES)  # each question has one of these words, by which its answer is looked up
 ADJECTIVES = _words("old new small large quiet loud bright dark slow fast warm cold round tall plain wild")
 NOUNS = _words(
     "house tree dog bird train road lake stone field boat cloud street horse garden window bridge "
@@ -36,7 +36,7 @@ VERBS = _words("sees follows passes finds leaves likes meets reaches paints keep
 PREPOSITIONS = ("near", "behind", "under", "beside", "above", "beyond")
 REST = _words(
     "What does the frame with border show Which number stands at of came first one or Where was ball last How many "
-    "frames a The code is system user assistant You are helpful"
+    "frames a Whose The code is system user assistant You are helpful"
 )
 
 
