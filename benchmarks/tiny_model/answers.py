@@ -6,8 +6,9 @@ milliseconds where drawing and encoding its frames by itself keeps the CPU busy 
 
 Beside the answers two kinds of hints are wanted. The first token of an answer, at the word that its question asks by:
 one look at what is like that word gives it there, and handing it on to where the answer stands is then learnt at once.
-And whose code it is, at each code in the text. From answers alone all these steps would have to come together, and
-answers stay at a guess among what the frames show (benchmarks/README.md, "Tries").
+And whose code it is, at each code in the text, after the first layers, so that the others can look it up. From answers
+alone all these steps would have to come together, and answers stay at a guess among what the frames show
+(benchmarks/README.md, "Tries").
 
 Shapes: R prompts of a round, B of a step, N tokens of a prompt, A wanted tokens of a prompt at most.
 """
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 FLUSH_ROUNDS = 16  # between two looks at the GPU's results
 SAVE_S = 60.0
 GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
+EARLY = 2  # layers after which a code knows its owner
 WANTED = 128  # tokens of a prompt at most: 24 turns of three, 24 words that they ask by, 32 codes
 
 
@@ -81,12 +83,13 @@ class Rows:
     where: torch.Tensor  # int64 [R, A] token before each wanted one; 0 where there is none
     goals: torch.Tensor  # int64 [R, A], IGNORED where there is none
     first: torch.Tensor  # bool [R, A] first token of an answer
+    early: torch.Tensor  # bool [R, A] wanted after EARLY layers already
     task: torch.Tensor  # int64 [R] number of the task in the config
 
     def step(self, start: int, count: int) -> tuple[torch.Tensor, ...]:
         part = slice(start, start + count)
         return (self.ids[part], self.vision[part], self.shown[part], self.positions[:, part], self.where[part],
-                self.goals[part], self.first[part], self.task[part])  # fmt: skip
+                self.goals[part], self.first[part], self.early[part], self.task[part])  # fmt: skip
 
 
 @torch.no_grad()
@@ -103,13 +106,13 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
             torch.nn.functional.pad(tensors["mm_token_type_ids"], pad) > 0,
             torch.nn.functional.pad(shown(trainer.model, tensors), (0, 0, *pad)),
             torch.nn.functional.pad(tensors["position_ids"], pad).transpose(0, 1),
-            tensors["where"], tensors["goals"], tensors["first"],
+            tensors["where"], tensors["goals"], tensors["first"], tensors["early"],
             torch.full((many,), tasks.index(batch.task), device=device),
         ])  # fmt: skip
-    ids, vision, seen, positions, where, goals, first, task = (
+    ids, vision, seen, positions, where, goals, first, early, task = (
         torch.cat(column)[order] for column in zip(*parts, strict=True)
     )
-    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, task)
+    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, early, task)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Words:
 
 
 def wanted(batch: dict[str, torch.Tensor], words: Words) -> dict[str, torch.Tensor]:
-    """Answers and hints of a batch (batches.Batch.tensors): `where`, `goals` and `first` of Rows, [B, WANTED] each."""
+    """Answers and hints of a batch (batches.Batch.tensors): where, goals, first and early of Rows, [B, WANTED] each."""
     ids = batch["input_ids"]
     rows, own = ids.shape
     flat = ids.flatten()
@@ -137,13 +140,16 @@ def wanted(batch: dict[str, torch.Tensor], words: Words) -> dict[str, torch.Tens
     told = (torch.isin(flat, words.codes) & torch.isin(flat.roll(2), words.names)).nonzero()[:, 0]
     at = torch.cat([batch["predicts"], keys, told])
     goal = torch.cat([batch["targets"], batch["targets"][begins], flat[told - 2]])
-    first = torch.cat([begins, torch.zeros(len(keys) + len(told), dtype=torch.bool, device=ids.device)])
+    first = torch.cat([begins, begins.new_zeros(len(keys) + len(told))])
+    early = torch.cat([begins.new_zeros(len(begins) + len(keys)), begins.new_ones(len(told))])
     row, order = (at // own).sort(stable=True)
     column = torch.arange(len(row), device=ids.device) - torch.searchsorted(row, row)
     where = torch.zeros(rows, WANTED, dtype=torch.int64, device=ids.device)
-    goals, firsts = torch.full_like(where, IGNORED), torch.zeros_like(where, dtype=torch.bool)
-    where[row, column], goals[row, column], firsts[row, column] = (at % own)[order], goal[order], first[order]
-    return {"where": where, "goals": goals, "first": firsts}
+    goals = torch.full_like(where, IGNORED)
+    flags = torch.zeros(2, rows, WANTED, dtype=torch.bool, device=ids.device)
+    where[row, column], goals[row, column] = (at % own)[order], goal[order]
+    flags[0, row, column], flags[1, row, column] = first[order], early[order]
+    return {"where": where, "goals": goals, "first": flags[0], "early": flags[1]}
 
 
 class Update:
@@ -166,16 +172,19 @@ class Update:
 
     def run(
         self, ids: torch.Tensor, vision: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, where: torch.Tensor,
-        goals: torch.Tensor, first: torch.Tensor, task: torch.Tensor,
+        goals: torch.Tensor, first: torch.Tensor, early: torch.Tensor, task: torch.Tensor,
     ) -> None:  # fmt: skip
         words = self.model.get_input_embeddings().weight
         # as a product: an embedding's backward pass sorts, and may wait for the device, which a graph can't
         spelt = (ids[..., None] == torch.arange(len(words), device=ids.device)).to(words.dtype) @ words
         embeds = torch.where(vision[..., None], seen, spelt)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        chosen = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        language = self.model.model.language_model
+        out = language(inputs_embeds=embeds, position_ids=positions, use_cache=False, output_hidden_states=True)
+        index = where[..., None].expand(-1, -1, embeds.shape[-1])
+        chosen = torch.where(
+            early[..., None], language.norm(out.hidden_states[EARLY].gather(1, index)),
+            out.last_hidden_state.gather(1, index),
+        )  # fmt: skip
         logits = self.model.lm_head(chosen).float()
         losses = cross_entropy(logits.flatten(0, 1), goals.flatten(), ignore_index=IGNORED, reduction="none")
         asked = (goals != IGNORED).float()

@@ -44,7 +44,7 @@ class Config:
     sizes: Sizes = field(default_factory=Sizes)
     tasks: dict[str, float] = field(
         default_factory=lambda: {
-            "v_niah": 1.0, "mm_niah": 2.0, "tracking": 0.7, "order": 0.6, "counting": 0.5, "caption": 0.6,
+            "v_niah": 1.0, "mm_niah": 2.5, "tracking": 0.7, "order": 0.3, "counting": 0.2, "caption": 0.2,
         }
     )  # fmt: skip
     turns: int = 24
