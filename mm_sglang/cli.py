@@ -24,9 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="a real mp4 through SGLang, dense and sparse, on this machine")
     demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it makes (default: demo_out)")
     demo.add_argument("--video", type=Path, help="an mp4 of your own (default: 64 s of photographs, rendered)")
-    demo.add_argument(
-        "--question", default="What happens in this video?", help="text sent with it (default: %(default)r)"
-    )
+    demo.add_argument("--question", help="about it (default: those about the needles in the rendered one)")
+    demo.add_argument("--seed", type=int, default=0, help="of the rendered one and its needles (default: 0)")
 
     serve = commands.add_parser(
         "serve",
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             from mm_sglang.demo.run import run_demo
 
-            return run_demo(out=options.out, video=options.video, question=options.question)
+            return run_demo(out=options.out, video=options.video, question=options.question, seed=options.seed)
         if options.command == "serve":
             from mm_sglang.serve import run_server
 

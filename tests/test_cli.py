@@ -126,6 +126,11 @@ def test_demo_refuses_a_video_that_is_no_file(capsys: pytest.CaptureFixture[str]
     assert "needs an mp4 file" in refused(capsys, "demo", "--video", str(tmp_path / "gone.mp4"), "--out", str(tmp_path))
 
 
+def test_demo_refuses_a_video_without_a_question(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.mp4").touch()
+    assert "needs --question" in refused(capsys, "demo", "--video", str(tmp_path / "mine.mp4"), "--out", str(tmp_path))
+
+
 def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["check", "--fast"])

@@ -1,33 +1,26 @@
 """Bitmaps that are stamped onto frames: glyphs on a dark plate, shapes, a ball, borders.
 
-A sprite's pixel is 0 (see-through), 1 (the stamp's own colour) or the index of a fixed colour in PALETTE.
+A sprite's pixel is 0 (see-through), 1 (the stamp's own colour) or the index of a fixed colour in PALETTE. Glyphs and
+the border are the product's (mm_sglang/demo/needles.py), whose demo asks about them.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from benchmarks.tiny_model.words import GLYPHS, SHAPES
+from mm_sglang.demo import needles
 
-SIDE = 64  # pixels of a sprite's side before it is stretched to its stamp's size
+SIDE, COLOUR_VALUES = needles.SIDE, needles.COLOUR_VALUES
+BLACK, WHITE, TOP, BOTTOM, LEFT, RIGHT = needles.BLACK, needles.WHITE, 4, 5, 6, 7
 PALETTE = (
-    (0, 0, 0), (0, 0, 0), (12, 12, 12), (255, 255, 255), (255, 220, 0), (0, 90, 255), (0, 200, 60), (230, 20, 160),
+    (0, 0, 0), (0, 0, 0), needles.BLACK_VALUE, needles.WHITE_VALUE,
+    (255, 220, 0), (0, 90, 255), (0, 200, 60), (230, 20, 160),
 )  # fmt: skip
-COLOUR_VALUES = {
-    "red": (235, 20, 20), "green": (20, 190, 40), "blue": (30, 50, 235), "yellow": (250, 230, 20),
-    "cyan": (20, 220, 235), "purple": (140, 30, 190), "orange": (250, 130, 10), "white": (255, 255, 255),
-}  # fmt: skip
-BLACK, WHITE, TOP, BOTTOM, LEFT, RIGHT = 2, 3, 4, 5, 6, 7
 
-# Rows of five dots, top first, one hexadecimal byte each.
-FONT = {
-    "0": "0E11131519110E", "1": "040C040404040E", "2": "0E11010204081F", "3": "1F02040201110E",
-    "4": "02060A121F0202", "5": "1F101E0101110E", "6": "0608101E11110E", "7": "1F010204080808",
-    "8": "0E11110E11110E", "9": "0E11110F01020C", "A": "0E11111F111111", "C": "0E11101010110E",
-    "F": "1F10101E101010", "H": "1111111F111111", "K": "11121418141211", "T": "1F040404040404",
-}  # fmt: skip
 DRAWN = {
     "star": "....#.... ....#.... ...###... ######### .#######. ..#####.. ..#####.. .##...##. #.......#",
     "heart": ".##...##. ####.#### ######### ######### ######### .#######. ..#####.. ...###... ....#....",
@@ -51,18 +44,16 @@ def palette(device: str) -> torch.Tensor:
 
 
 def _sprite(name: str) -> torch.Tensor:
-    if name in FONT:
-        rows = bytes.fromhex(FONT[name])
-        dots = torch.tensor([[row >> (4 - column) & 1 for column in range(5)] for row in rows], dtype=torch.bool)
-        return _on_plate(dots, (9, 7))
+    if name in needles.FONT:
+        return torch.from_numpy(needles.glyph(name))
     if name in DRAWN:
-        dots = torch.tensor([[mark == "#" for mark in row] for row in DRAWN[name].split()])
-        return _on_plate(dots, (11, 11))
+        dots = np.array([[mark == "#" for mark in row] for row in DRAWN[name].split()])
+        return torch.from_numpy(needles.on_plate(dots, (11, 11)))
+    if name == "border":
+        return torch.from_numpy(needles.border())
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     out = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
-    if name == "border":
-        out[_edge(x, y) < SIDE // 8] = 1
-    elif name == "board":  # four sides in four colours: only they tell a model without absolute positions where it is
+    if name == "board":  # four sides in four colours: only they tell a model without absolute positions where it is
         for side, distance in ((TOP, y), (BOTTOM, SIDE - 1 - y), (LEFT, x), (RIGHT, SIDE - 1 - x)):
             out[(distance == _edge(x, y)) & (distance < SIDE // 12)] = side
     else:
@@ -75,13 +66,3 @@ def _sprite(name: str) -> torch.Tensor:
 def _edge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Distance to the nearest side."""
     return torch.minimum(torch.minimum(x, SIDE - 1 - x), torch.minimum(y, SIDE - 1 - y))
-
-
-def _on_plate(dots: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
-    """White dots in the middle of a dark plate of `cells` (rows, columns), stretched to a sprite."""
-    plate = torch.full(cells, BLACK, dtype=torch.uint8)
-    high, wide = dots.shape
-    top, left = (cells[0] - high) // 2, (cells[1] - wide) // 2
-    plate[top : top + high, left : left + wide][dots] = WHITE
-    rows, columns = (torch.arange(SIDE) * n // SIDE for n in cells)
-    return plate[rows][:, columns]

@@ -8,6 +8,7 @@ import random
 from benchmarks.tiny_model.plans import EDGE_TOKENS, TURN_TOKENS, Plan, Request, needle, places, relative, video
 from benchmarks.tiny_model.scenes import Clip
 from benchmarks.tiny_model.words import COLOURS, CORNERS, GLYPHS, PLACES, SHAPES
+from mm_sglang.demo.needles import question
 
 
 def _open(request: Request, turns: int, least_pairs: int) -> tuple[Clip, random.Random, int]:
@@ -31,7 +32,7 @@ def v_niah(request: Request) -> Plan:
     )
     for pair, colour, glyph in marks:
         needle(clip, pair, colour, glyph, choice)
-    asked = [(f"What does the frame with the {colour} border show?", glyph) for _, colour, glyph in marks[:turns]]
+    asked = [(question(colour), glyph) for _, colour, glyph in marks[:turns]]
     return Plan("v_niah", [("video", clip)], asked, relative(marks[0][0], clip))
 
 

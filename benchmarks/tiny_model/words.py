@@ -6,6 +6,7 @@ import random
 from functools import lru_cache
 from typing import Any
 
+from mm_sglang.demo.needles import COLOUR_VALUES, FONT
 from mm_sglang.demo.tiny_model import CHAT_TEMPLATE, SPECIAL
 
 
@@ -13,8 +14,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-COLOURS = ("red", "green", "blue", "yellow", "cyan", "purple", "orange", "white")
-GLYPHS = tuple("0123456789ACFHKT")
+COLOURS = tuple(COLOUR_VALUES)
+GLYPHS = tuple(FONT)
 SHAPES = ("star", "heart", "moon", "cross")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")

@@ -1,11 +1,12 @@
-"""`mm-sglang demo`: one mp4 and one question through two SGLang servers, dense and mm_sparse, and what was skipped."""
+"""`mm-sglang demo`: questions about an mp4 through two SGLang servers, dense and mm_sparse, and what was skipped.
+
+Its own mp4 has needles among photographs, so that answers are right or wrong.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -16,12 +17,14 @@ import yaml
 from tqdm import tqdm
 
 from mm_sglang.config import SparseConfig, default_config
-from mm_sglang.demo.client import Answer, Part, ask
+from mm_sglang.demo.client import ask
+from mm_sglang.demo.needles import hide
 from mm_sglang.demo.picture import Panel, draw
+from mm_sglang.demo.questions import Question, ask_in_turn, compare, time_to_first_token
 from mm_sglang.demo.report import density_table, prompt_chunks, recalls, replay
 from mm_sglang.demo.server import Server
 from mm_sglang.demo.tables import machine, print_tables
-from mm_sglang.demo.tiny_model import make_tiny_model
+from mm_sglang.demo.trained import trained_model
 from mm_sglang.demo.video import PHOTOGRAPHS, render_video
 from mm_sglang.kernels.inspection import by_pattern
 from mm_sglang.kernels.layout import TokenLayout
@@ -30,34 +33,47 @@ from mm_sglang.serve import server_command
 from mm_sglang.trace import read_trace
 
 TRACED_LAYER = 3  # of configs/demo.yaml: the layer whose heads run every pattern
-REPEATS = 2  # timed requests a server, after the first one
-ANSWER_TOKENS = 16
+VIDEO_S = 64.0
+NEEDLES = 5
+SIDE = 336  # pixels: the largest frames that the model was trained on; 144 tokens a pair of frames
 FLAGS = (
     "--dtype", "float32", "--chunked-prefill-size", "2048",
     "--max-total-tokens", "65536", "--max-running-requests", "4",
 )  # fmt: skip
 
 
-def run_demo(*, out: Path, video: Path | None, question: str) -> int:
+def run_demo(*, out: Path, video: Path | None, question: str | None, seed: int = 0) -> int:
     """The whole demo; prints its tables and where it put the picture and report.json.
 
+    Args:
+        video: an mp4; None has one rendered.
+        question: asked instead of those about the rendered video's needles; needed with a video.
+        seed: of the rendered video and its needles.
+
     Raises:
-        ValueError: a video that is no file, or that the server refuses.
+        ValueError: a video that is no file, has no question or is refused by the server; no weights in the package.
     """
     if video is not None and not video.is_file():
         raise ValueError(f"--video {video}: needs an mp4 file")
+    if video is not None and question is None:
+        raise ValueError(f"--video {video}: needs --question")
+    model = trained_model()
     out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine(), "question": question}
-    with steps(5) as step, ExitStack() as stack:
-        step("making the model and the video")
-        model = make_tiny_model(out / "model")
+    report: dict[str, Any] = {"machine": machine()}
+    with steps(4) as step, ExitStack() as stack:
+        step("making the video")
+        questions = [Question(text=question)] if question is not None else []
         if video is None:
-            facts = render_video(out / "video.mp4")
+            needles = hide(NEEDLES, seconds=VIDEO_S, seed=seed)
+            facts = render_video(
+                out / "video.mp4", seconds=VIDEO_S, width=SIDE, height=SIDE, seed=seed, needles=needles
+            )
             video = facts.path
             report["video"] = asdict(facts) | {"path": str(facts.path), "photographs": [p.name for p in PHOTOGRAPHS]}
+            report["video"]["needles"] = [asdict(needle) for needle in needles]
+            questions = questions or [Question(text=needle.question, truth=needle.glyph) for needle in needles]
         else:
             report["video"] = {"path": str(video), "bytes": video.stat().st_size}
-        prompt: list[Part] = [("video", video), ("text", question)]
 
         step("starting two SGLang servers: dense (torch_native) and mm_sparse")
         settings = yaml.safe_load(default_config().with_name("demo.yaml").read_text(encoding="utf-8"))
@@ -75,10 +91,8 @@ def run_demo(*, out: Path, video: Path | None, question: str) -> int:
             server.wait()
             ask(server.url, [("video", warm), ("text", "warm up")], 4)
 
-        step("time to first token, one server at a time")
-        timed = {name: time_to_first_token(server, prompt) for name, server in servers.items()}
-        step("answers")
-        answers = {name: or_value_error(server, prompt, ANSWER_TOKENS) for name, server in servers.items()}
+        step("questions, one server at a time")
+        replies = {name: ask_in_turn(server, video, questions) for name, server in servers.items()}
 
         step("tables and picture")
         chunks = prompt_chunks(read_trace(trace))
@@ -87,12 +101,12 @@ def run_demo(*, out: Path, video: Path | None, question: str) -> int:
         report |= {
             "tokens": layout.counts(),
             "frames": [[item.frames, item.rows, item.cols] for item in layout.items],
-            "prompt_tokens": answers["dense"].prompt_tokens,
+            "prompt_tokens": replies["dense"][0].prompt_tokens,
             "chunks": [[line["prefix"], line["queries"]] for line in chunks if line["layer"] == TRACED_LAYER],
             "dense_layers": list(config.dense_layers),
             "density": [asdict(row) for row in density_table(chunks)],
-            "time_to_first_token_s": timed,
-            "answers": {name: answer.tokens for name, answer in answers.items()},
+            "time_to_first_token_s": {name: time_to_first_token(given) for name, given in replies.items()},
+            "questions": compare(questions, replies),
             "recall": {"layer": TRACED_LAYER, "patterns": [asdict(entry) for entry in recalls(plans, tensors)]},
             "picture": str(out / "skipped.png"),
         }
@@ -120,28 +134,6 @@ def start(model: Path, extra: Sequence[str], log: Path, stack: ExitStack) -> Ser
     server = Server(command, environment, log)
     stack.callback(server.stop)
     return server
-
-
-def or_value_error(server: Server, prompt: Sequence[Part], tokens: int) -> Answer:
-    """`ask`; what the server refuses (HTTP 400) is the user's video, so it is a ValueError here."""
-    import openai
-
-    try:
-        return ask(server.url, prompt, tokens)
-    except openai.BadRequestError as error:
-        said = error.body.get("message") if isinstance(error.body, dict) else error
-        raise ValueError(f"the server refused the video: {said}") from error
-
-
-def time_to_first_token(server: Server, prompt: Sequence[Part]) -> dict[str, float]:
-    """Seconds: of the first request with this video, and the median of repeats that find nothing in the radix cache."""
-    seconds = []
-    for _ in range(1 + REPEATS):
-        server.flush_cache()
-        begin = time.perf_counter()
-        or_value_error(server, prompt, 1)
-        seconds.append(time.perf_counter() - begin)
-    return {"first": seconds[0], "repeat": statistics.median(seconds[1:])}
 
 
 def draw_layer(layout: TokenLayout, plans: Sequence[Plan], path: Path) -> None:

@@ -79,8 +79,12 @@ class Server:
         return next((line for line in reversed(lines) if "Error: " in line), lines[-1])
 
     def flush_cache(self) -> None:
-        """Empty the radix cache, so that the next request prefills all of its tokens."""
-        with urllib.request.urlopen(urllib.request.Request(self.url + "/flush_cache", method="POST"), timeout=60):
+        """Empty the radix cache, so that the next request prefills all of its tokens.
+
+        The scheduler is still busy for a moment after an answer's last token, and refuses then unless told to wait.
+        """
+        request = urllib.request.Request(self.url + "/flush_cache?timeout=30", method="POST")
+        with urllib.request.urlopen(request, timeout=60):
             pass
 
     def stop(self) -> None:

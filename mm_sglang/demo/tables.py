@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def print_tables(report: dict[str, Any]) -> None:
     if "photographs" in video:
         size = f"{video['width']}x{video['height']}, H.264, {video['bytes'] / 1e6:.1f} MB"
         print(f"video       {video['path']}: {video['seconds']:.0f} s, {video['frames']} frames of {size}")
+        times = ", ".join(f"{needle['second']:.1f}" for needle in video["needles"])
+        print(f"            {len(video['needles'])} needles at {times} s")
         print(f"            photographs from scikit-image's wheel: {', '.join(video['photographs'])}")
     else:
         print(f"video       {video['path']}, {video['bytes'] / 1e6:.1f} MB")
@@ -49,23 +52,39 @@ def print_tables(report: dict[str, Any]) -> None:
         )
 
     dense, sparse = (report["time_to_first_token_s"][name] for name in ("dense", "mm_sparse"))
-    print(f"\n{'time to first token, seconds':46}{'dense':>7}{'mm_sparse':>11}{'ratio':>7}")
+    print(f"\n{'time to first token, seconds':50}{'dense':>7}{'mm_sparse':>11}{'ratio':>7}")
     for key, name in (
         ("first", "first request with this video"),
-        ("repeat", "again (its embedding cached, no radix hit)"),
+        ("repeat", "later ones (its embedding cached, no radix hit)"),
     ):
-        print(f"{name:46}{dense[key]:>7.2f}{sparse[key]:>11.2f}{dense[key] / sparse[key]:>6.2f}x")
+        print(f"{name:50}{dense[key]:>7.2f}{sparse[key]:>11.2f}{dense[key] / sparse[key]:>6.2f}x")
     print("Dense is SGLang's torch_native, which computes the rows of the prefix again in every chunk: a ratio of")
     print("this run on this CPU, and no figure for a GPU.")
 
-    answers = report["answers"]
-    equal = sum(a == b for a, b in zip(answers["dense"], answers["mm_sparse"], strict=True))
-    print(f"\nagreement   {equal} of {len(answers['dense'])} greedy tokens equal dense's")
+    print_questions(report["questions"])
+    print()
     for entry in report["recall"]["patterns"]:
         print(
-            f"            layer {report['recall']['layer']} {entry['pattern']:15} keeps {entry['recall']:.0%} of dense "
-            f"attention's weight; output differs by {entry['error']:.0%}"
+            f"layer {report['recall']['layer']} {entry['pattern']:15} keeps {entry['recall']:.1%} of dense attention's "
+            f"weight; output differs by {entry['error']:.1%}"
         )
-    print("The model's weights are random: its attention has no pattern to find, so this is the hardest case there")
-    print("is. With budgets that cover every key the tokens are equal (make test, tests/e2e/test_parity.py).")
     print(f"\npicture     {report['picture']}")
+
+
+def print_questions(rows: Sequence[dict[str, Any]]) -> None:
+    """Questions with a truth as a table with counts, others with their answers."""
+    if rows[0]["truth"] is None:
+        for row in rows:
+            print(f"\n{row['question']}")
+            for name, text in row["answers"].items():
+                print(f"    {name:11}{text!r}")
+        print("The model knows only the words of benchmarks/tiny_model/words.py, and questions made of them.")
+        return
+    print(f"\n{'question':51}{'truth':>5}{'dense':>10}{'mm_sparse':>12}")
+    for row in rows:
+        dense, sparse = (
+            f"{row['answers'][name]} {'right' if row['right'][name] else 'wrong'}" for name in ("dense", "mm_sparse")
+        )
+        print(f"{row['question']:51}{row['truth']:>5}{dense:>10}{sparse:>12}")
+    dense, sparse = (f"{sum(row['right'][name] for row in rows)} of {len(rows)}" for name in ("dense", "mm_sparse"))
+    print(f"{'right':56}{dense:>10}{sparse:>12}")

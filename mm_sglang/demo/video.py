@@ -1,17 +1,19 @@
-"""The demo's video: photographs in slow motion, cross-faded, as H.264 in an mp4; nothing is downloaded."""
+"""The demo's video: photographs in slow motion, cross-faded, needles among them, as H.264 in an mp4; all made here."""
 
 from __future__ import annotations
 
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from mm_sglang.demo.needles import NEEDLE_S, Needle, drawn
 
 Frame = npt.NDArray[np.uint8]  # [height, width, 3]
 
@@ -50,7 +52,14 @@ class VideoFacts:
 
 
 def render_video(
-    path: Path, *, seconds: float = 64.0, fps: int = 8, width: int = 448, height: int = 336, seed: int = 0
+    path: Path,
+    *,
+    seconds: float = 64.0,
+    fps: int = 8,
+    width: int = 448,
+    height: int = 336,
+    seed: int = 0,
+    needles: Sequence[Needle] = (),
 ) -> VideoFacts:
     """Write the mp4; a finished file only ever stands under `path`.
 
@@ -62,6 +71,7 @@ def render_video(
         fps: frames a second.
         width, height: in pixels, even (H.264's chroma), at least 16.
         seed: of the order of photographs and their motion.
+        needles: each stands over the photographs for NEEDLE_S, wholly within the video and no two at once.
 
     Raises:
         ValueError: an argument out of those ranges.
@@ -71,6 +81,9 @@ def render_video(
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 2:
             raise ValueError(f"{name}={value}: needs an even number of pixels from 16")
+    begins = sorted(needle.second for needle in needles)
+    if any(not 0 <= begin <= end - NEEDLE_S for begin, end in zip(begins, [*begins[1:], seconds], strict=False)):
+        raise ValueError(f"needles at {begins} s: needs {NEEDLE_S} s for each within {seconds} s, no two at once")
     import av
 
     frames = round(seconds * fps)
@@ -81,7 +94,10 @@ def render_video(
             stream = container.add_stream("libx264", rate=fps, options=X264)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.thread_count = 1  # slices, and so the bytes, do not depend on the number of cores
-            for image in scene_frames(frames, fps, width, height, seed):
+            for number, image in enumerate(scene_frames(frames, fps, width, height, seed)):
+                for needle in needles:
+                    if needle.shown(number / fps):
+                        image = drawn(image, needle)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
         unfinished.replace(path)
