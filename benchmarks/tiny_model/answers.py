@@ -56,7 +56,8 @@ class Rounds(torch.utils.data.Dataset[list[Batch]]):
             self.words = Words.of(self.text.tokenizer)
         choice = random.Random(f"{self.config.seed}/round/{number}")
         length = choice.choices(list(self.stage.lengths), list(self.stage.lengths.values()))[0]
-        tasks = {task: share for task, share in self.config.tasks.items() if length >= least_tokens(task)}
+        shares = self.stage.tasks or self.config.tasks
+        tasks = {task: share for task, share in shares.items() if length >= least_tokens(task)}
         rows = max(1, self.stage.micro_tokens // length) * max(
             1, min(self.stage.micros, self.stage.round_tokens // length)
         )

@@ -46,7 +46,7 @@ class Batch:
             for shown, kind in zip(self.clips, self.kinds, strict=True)
         ]
         moved = {name: value.to(encoder.device, non_blocking=True) for name, value in self.tensors.items()}
-        return {**moved, "pixels": torch.cat(pixels), "grids": self.grids, "kinds": self.kinds}
+        return {**moved, "pixels": torch.cat(pixels) if pixels else None, "grids": self.grids, "kinds": self.kinds}
 
 
 def collate(plans: Sequence[Plan], length: int, text: Text) -> Batch:

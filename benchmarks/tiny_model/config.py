@@ -36,6 +36,7 @@ class Stage:
     micros: int = 16  # steps of a round, whose frames are encoded together (look.py: micro-batches of a step)
     round_tokens: int = 131072  # at most, beyond one step
     warmup_steps: int = 100
+    tasks: dict[str, float] | None = None  # shares; None for the config's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Config:
     tasks: dict[str, float] = field(
         default_factory=lambda: {
             "v_niah": 1.0, "mm_niah": 2.5, "tracking": 0.7, "order": 0.3, "counting": 0.2, "caption": 0.2,
+            "codes": 0.2,
         }
     )  # fmt: skip
     turns: int = 24
@@ -65,16 +67,20 @@ CONFIGS = {
             "look": Stage(
                 minutes=3.5, lr=1e-3, lr_end=1e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4
             ),
+            # Looking codes up takes a step more than looking frames up, and hardly comes once those are learnt.
+            "words": Stage(
+                minutes=0.6, lr=8e-4, lr_end=8e-4, lengths={128: 0.2, 256: 0.4, 512: 0.4}, tasks={"codes": 1.0}
+            ),
             "short": Stage(
-                minutes=2.5, lr=8e-4, lr_end=6e-4,
+                minutes=1.5, lr=8e-4, lr_end=6e-4,
                 lengths={64: 0.1, 128: 0.15, 256: 0.2, 512: 0.25, 1024: 0.2, 2048: 0.1},
             ),
             "medium": Stage(
-                minutes=1.6, lr=6e-4, lr_end=4e-4,
+                minutes=2.0, lr=6e-4, lr_end=4e-4,
                 lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
             ),
             "long": Stage(
-                minutes=2.3, lr=4e-4, lr_end=1e-5,
+                minutes=3.0, lr=4e-4, lr_end=1e-5,
                 lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
             ),
         }

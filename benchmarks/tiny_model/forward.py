@@ -93,6 +93,8 @@ def shown(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     `pixels` holds the first clip of all B prompts, then the second of all; `kinds` and `grids` say what the clips are.
     """
     ids, grids, kinds = batch["input_ids"], batch["grids"], batch["kinds"]
+    if not grids:
+        return model.get_input_embeddings().weight.new_zeros(*ids.shape, model.config.text_config.hidden_size)  # type: ignore[no-any-return]
     merged = [(len(ids) * t, h, w) for t, h, w in grids]
     tokens = vision_features(model, batch["pixels"], merged).split([t * h * w // 4 for t, h, w in merged])  # type: ignore[no-untyped-call]
     out = torch.zeros(*ids.shape, tokens[0].shape[-1], dtype=tokens[0].dtype, device=ids.device)

@@ -126,7 +126,7 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
         for _ in range(stage.micros):
             batch = next(batches)
             progress.micro += 1
-            if any(clip.frames < 2 for shown in batch.clips for clip in shown):
+            if not batch.clips or any(clip.frames < 2 for shown in batch.clips for clip in shown):
                 continue
             clips = marked_pairs(batch, random.Random(progress.micro))
             clips = clips[: stage.micro_tokens // (clips[0].tokens)]

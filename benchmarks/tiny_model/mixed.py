@@ -1,4 +1,4 @@
-"""mm_niah: needles in text, in videos and in images that stand between one another."""
+"""mm_niah: needles in text, in videos and in images that stand between one another; codes: in text alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def mm_niah(request: Request) -> Plan:
     choice, shape = request.content(), request.shape()
     tokens = request.tokens - turns * TURN_TOKENS
     clips, texts = _parts(request, tokens, choice, shape)
+    return _plan(request, turns, clips, texts, choice)
+
+
+def codes(request: Request) -> Plan:
+    """The text's needles alone: a lesson for training, no part of the benchmark."""
+    turns = request.turns_within(24)
+    text = request.tokens - turns * TURN_TOKENS - EDGE_TOKENS
+    return _plan(request, turns, [], [text], request.content())
+
+
+def _plan(request: Request, turns: int, clips: list[Clip], texts: list[int], choice: random.Random) -> Plan:
+    """Texts of that many tokens at most, with the clips between them and needles in both."""
     parts: list[tuple[str, str | Clip]] = []
     offsets, at = [], 0  # of the clips, in tokens
     sentences: list[tuple[int, int, str]] = []  # offset, number of the text, the sentence
@@ -38,7 +50,7 @@ def mm_niah(request: Request) -> Plan:
             parts.append(("text", words))
         if number < len(clips):
             parts.append(("video" if clips[number].frames > 1 else "image", clips[number]))
-    return Plan("mm_niah", parts, [turn for _, turn in asked][:turns], asked[0][0])
+    return Plan(request.task, parts, [turn for _, turn in asked][:turns], asked[0][0])
 
 
 def _parts(request: Request, tokens: int, choice: random.Random, shape: random.Random) -> tuple[list[Clip], list[int]]:
@@ -79,11 +91,11 @@ def _hide(
     in_frames = min(max(3, turns // 3), len(COLOURS), len(frames))
     in_text = min(max(3, turns - in_frames), len(CODES), len(sentences) // 2)
     pictures, lines = choice.sample(frames, in_frames), choice.sample(range(len(sentences)), in_text)
-    text_first = in_text > 0 and choice.random() < 0.5
+    text_first = not frames or (in_text > 0 and choice.random() < 0.5)
     if request.depth is not None:
         wanted = request.depth * length
         nearest = min(range(len(sentences)), key=lambda at: abs(sentences[at][0] - wanted))
-        best = min(frames, key=lambda slot: abs(slot[0] - wanted))
+        best = min(frames, key=lambda slot: abs(slot[0] - wanted), default=(1 << 40, 0, 0))
         apart = abs(sentences[nearest][0] - wanted), abs(best[0] - wanted)
         if max(apart) > NEAR * length:  # the text, or the frames, may all lie elsewhere
             text_first = apart[0] <= apart[1]

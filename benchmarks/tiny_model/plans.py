@@ -21,8 +21,8 @@ EDGE_TOKENS = 16  # the first user's mark and what encloses a video or an image
 
 
 def least_tokens(task: str) -> int:
-    """Of a context: one pair of frames, two of them, or text, an image and a video."""
-    return {"order": 80, "mm_niah": 384}.get(task, 64)
+    """Of a context: one pair of frames, two of them, some sentences, or text, an image and a video."""
+    return {"order": 80, "codes": 128, "mm_niah": 384}.get(task, 64)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.tiny_model import visual
-from benchmarks.tiny_model.mixed import mm_niah
+from benchmarks.tiny_model.mixed import codes, mm_niah
 from benchmarks.tiny_model.plans import Plan, Request
 from benchmarks.tiny_model.scenes import Clip, render
 
@@ -18,7 +18,9 @@ PLANNERS: dict[str, Callable[[Request], Plan]] = {
     "order": visual.order,
     "counting": visual.counting,
     "caption": visual.caption,
+    "codes": codes,
 }
+# "codes" is for training alone
 TASKS: tuple[str, ...] = ("v_niah", "mm_niah", "tracking", "order", "counting", "caption")
 
 
@@ -49,7 +51,7 @@ def make_plan(
         ValueError: an unknown task or split, a depth outside 0 to 1, no turn, fewer tokens than plans.least_tokens.
     """
     if task not in PLANNERS:
-        raise ValueError(f"task={task!r}: needs one of {TASKS}")
+        raise ValueError(f"task={task!r}: needs one of {tuple(PLANNERS)}")
     request = Request(task, tokens, seed, split, depth, turns, seed if shape_seed is None else shape_seed)
     return PLANNERS[task](request)
 
