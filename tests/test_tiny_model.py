@@ -17,12 +17,12 @@ from benchmarks.tiny_model.answers import Rounds, Update, encode
 from benchmarks.tiny_model.batches import Batch, collate, plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Sizes
 from benchmarks.tiny_model.evaluate import accuracy, load
-from benchmarks.tiny_model.forward import ATTENTION, answer_logits, segment_attention, use_fast_attention
+from benchmarks.tiny_model.forward import ATTENTION, answer_logits, exact, segment_attention, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.model import export, new_model
 from benchmarks.tiny_model.plans import least_tokens
 from benchmarks.tiny_model.tasks import PLANNERS, TASKS, Sample, drawn, make_plan, make_sample
-from benchmarks.tiny_model.train import Trainer, exact
+from benchmarks.tiny_model.train import Trainer
 from mm_sglang.layout import layout_from_processor
 
 SMALL = Sizes(heads=2, kv_heads=1, layers=2, intermediate=64, vision_hidden=64, vision_heads=1, vision_intermediate=64)

@@ -221,8 +221,6 @@ def replay(run: Callable[..., None], example: tuple[torch.Tensor, ...]) -> Calla
 
 def train(trainer: Trainer, stage_name: str, end: float) -> None:
     """Train until `end` (time.monotonic), saving every minute."""
-    from benchmarks.tiny_model.train import rate
-
     last = saved = time.monotonic()
     config, stage, progress = trainer.config, trainer.config.stages[stage_name], trainer.progress
     update, rounds = Update(trainer), endless(Rounds(config, stage), config.workers, progress.micro)
@@ -234,7 +232,7 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
         held = encode(trainer, batches, torch.randperm(rows).to(trainer.encoder.device))
         many = max(1, stage.micro_tokens // length)
         for start in range(0, rows, many):
-            trainer.master.set_rate(rate(stage, progress))
+            trainer.master.set_rate(checkpoint.rate(stage, progress))
             update(held.step(start, many))
             progress.step += 1
             progress.stage_step += 1
@@ -243,7 +241,7 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
         waiting.append((length, update.sums.clone()))
         update.sums.zero_()
         if len(waiting) == FLUSH_ROUNDS:
-            report(trainer, stage_name, waiting, update.norm, rate(stage, progress), bar)
+            report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
             waiting = []
         now = time.monotonic()
         progress.spend(now - last)
@@ -251,7 +249,7 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
         if now - saved > SAVE_S:
             trainer.save()
             saved = now
-    report(trainer, stage_name, waiting, update.norm, rate(stage, progress), bar)
+    report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
     bar.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.tiny_model.config import Config
+from benchmarks.tiny_model.config import Config, Stage
 
 CHECKPOINT, LOG, PROGRESS = "checkpoint.pt", "log.jsonl", "training.json"
 
@@ -35,6 +36,13 @@ class Progress:
     def spend(self, seconds: float) -> None:
         self.seconds += seconds
         self.stage_seconds += seconds
+
+
+def rate(stage: Stage, progress: Progress) -> float:
+    """The learning rate: a warm-up by steps, then half a cosine by the time spent in the stage."""
+    done = min(1.0, progress.stage_seconds / (stage.minutes * 60))
+    warm = min(1.0, (progress.stage_step + 1) / stage.warmup_steps)
+    return warm * (stage.lr_end + (stage.lr - stage.lr_end) * (1 + math.cos(math.pi * done)) / 2)
 
 
 class Master:

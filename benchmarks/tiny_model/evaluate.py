@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.tiny_model.batches import plan_batch
-from benchmarks.tiny_model.forward import answer_logits, use_fast_attention
+from benchmarks.tiny_model.forward import answer_logits, exact, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.tasks import TASKS
 
@@ -41,8 +41,6 @@ def accuracy(
     model: Any, encoder: Encoder, task: str, length: int, depth: float, samples: int, *, photographs: bool = True
 ) -> float:
     """Share of `samples` test prompts with one question each that the model answers exactly."""
-    from benchmarks.tiny_model.train import exact
-
     right = []
     at_once = max(1, min(samples, BATCH_TOKENS // length))
     for first in range(0, samples, at_once):

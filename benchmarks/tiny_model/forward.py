@@ -113,3 +113,9 @@ def answer_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         inputs_embeds=embeds, position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state
     return model.lm_head(hidden.flatten(0, 1)[batch["predicts"]]).float()  # type: ignore[no-any-return]
+
+
+def exact(logits: torch.Tensor, batch: dict[str, Any], turns: int) -> torch.Tensor:
+    """For each turn whether the most likely token is right at every token of the answer, float [turns]."""
+    right = (logits.argmax(-1) == batch["targets"]).float()
+    return torch.ones(turns, device=right.device).scatter_reduce_(0, batch["turn"], right, "amin")

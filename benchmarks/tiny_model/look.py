@@ -113,8 +113,6 @@ class Heads(torch.nn.Module):
 
 def train(trainer: Trainer, stage_name: str, end: float) -> None:
     """Train vision tower and heads until `end` (time.monotonic)."""
-    from benchmarks.tiny_model.train import rate
-
     last, progress, encoder = time.monotonic(), trainer.progress, trainer.encoder
     stage = trainer.config.stages[stage_name]
     words = trainer.model.get_input_embeddings().weight
@@ -145,7 +143,7 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
             losses.append(loss.detach())
         progress.step += 1
         progress.stage_step += 1
-        trainer.master.set_rate(rate(stage, progress))
+        trainer.master.set_rate(checkpoint.rate(stage, progress))
         trainer.master.step()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,7 +8,6 @@ machine --weights F/model goes on from it with a new optimizer. --plot draws the
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 
 from benchmarks.tiny_model import answers, checkpoint, look
 from benchmarks.tiny_model.batches import plan_batch
-from benchmarks.tiny_model.config import CONFIGS, Config, Stage
-from benchmarks.tiny_model.forward import answer_logits, use_fast_attention
+from benchmarks.tiny_model.config import CONFIGS, Config
+from benchmarks.tiny_model.forward import answer_logits, exact, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.model import export, new_model, save_files
 from benchmarks.tiny_model.plans import least_tokens
@@ -28,19 +27,6 @@ VALIDATION_SEED = 1 << 45
 LOOK = "look"  # the stage of the vision tower
 MODEL = "model"  # the model's folder in a training's
 VALIDATION_S, VALIDATION_SHARE = 15.0, 0.12  # at most, at the end of a stage and of a run
-
-
-def exact(logits: torch.Tensor, batch: dict[str, Any], turns: int) -> torch.Tensor:
-    """For each turn whether the most likely token is right at every token of the answer, float [turns]."""
-    right = (logits.argmax(-1) == batch["targets"]).float()
-    return torch.ones(turns, device=right.device).scatter_reduce_(0, batch["turn"], right, "amin")
-
-
-def rate(stage: Stage, progress: checkpoint.Progress) -> float:
-    """The learning rate: a warm-up by steps, then half a cosine by the time spent in the stage."""
-    done = min(1.0, progress.stage_seconds / (stage.minutes * 60))
-    warm = min(1.0, (progress.stage_step + 1) / stage.warmup_steps)
-    return warm * (stage.lr_end + (stage.lr - stage.lr_end) * (1 + math.cos(math.pi * done)) / 2)
 
 
 @torch.no_grad()
