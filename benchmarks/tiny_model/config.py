@@ -45,8 +45,8 @@ class Config:
     sizes: Sizes = field(default_factory=Sizes)
     tasks: dict[str, float] = field(
         default_factory=lambda: {
-            "v_niah": 1.0, "mm_niah": 2.5, "tracking": 0.7, "order": 0.3, "counting": 0.2, "caption": 0.2,
-            "codes": 0.2,
+            "v_niah": 1.5, "mm_niah": 3.0, "tracking": 0.7, "order": 0.2, "counting": 0.1, "caption": 0.1,
+            "codes": 0.3,
         }
     )  # fmt: skip
     turns: int = 24
@@ -72,15 +72,15 @@ CONFIGS = {
                 minutes=0.6, lr=8e-4, lr_end=8e-4, lengths={128: 0.2, 256: 0.4, 512: 0.4}, tasks={"codes": 1.0}
             ),
             "short": Stage(
-                minutes=1.5, lr=8e-4, lr_end=6e-4,
+                minutes=1.3, lr=8e-4, lr_end=6e-4,
                 lengths={64: 0.1, 128: 0.15, 256: 0.2, 512: 0.25, 1024: 0.2, 2048: 0.1},
             ),
             "medium": Stage(
-                minutes=2.0, lr=6e-4, lr_end=4e-4,
+                minutes=2.2, lr=6e-4, lr_end=4e-4,
                 lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
             ),
             "long": Stage(
-                minutes=3.0, lr=4e-4, lr_end=1e-5,
+                minutes=4.0, lr=4e-4, lr_end=1e-5,
                 lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
             ),
         }
