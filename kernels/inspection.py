@@ -67,14 +67,15 @@ def tile_map(group: HeadGroup, head: int) -> torch.Tensor:
     """One query head's tiles as uint8 [Mq, Mk] on the CPU: 0 not computed, 1 partial, 2 full."""
     flat = [h for row in group.heads for h in row]
     lists, index = group.lists(), flat.index(head)
-    out = torch.zeros(group.query_tiles, group.key_tiles, dtype=torch.uint8)
+    out = torch.zeros(group.query_tiles, group.key_tiles, dtype=torch.uint8, device=lists.full_index.device)
+    rows = torch.arange(group.query_tiles, device=out.device)[:, None]
     for value, count, listed in (
         (1, lists.partial_count[index], lists.partial_index[index]),
         (2, lists.full_count[index], lists.full_index[index]),
     ):
-        for m, n in enumerate(count.tolist()):
-            out[m, listed[m, :n].long().cpu()] = value
-    return out
+        held = torch.arange(listed.shape[1], device=out.device) < count[:, None]
+        out[rows.expand_as(held)[held], listed[held].long()] = value
+    return out.cpu()
 
 
 def attended(plan: Plan, head: int) -> torch.Tensor:

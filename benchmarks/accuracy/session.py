@@ -90,7 +90,7 @@ class Session:
 
     def _missing(self) -> Iterator[tuple[int, str, float, tuple[str, ...]]]:
         options = self.options
-        for length in sorted(options.lengths):
+        for length in sorted(options.lengths, reverse=True):  # what matters most, if the time is short
             for depth in options.depths:
                 for task in options.tasks:
                     find = partial(self.store.find, task, length, depth)

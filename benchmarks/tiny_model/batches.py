@@ -117,7 +117,8 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
             self.text = Text(tokenizer())
         choice = random.Random(f"{self.config.seed}/{number}")
         length = choice.choices(list(self.stage.lengths), list(self.stage.lengths.values()))[0]
-        tasks = {task: share for task, share in self.config.tasks.items() if length >= least_tokens(task)}
+        shares = self.stage.tasks or self.config.tasks
+        tasks = {task: share for task, share in shares.items() if length >= least_tokens(task)}
         task = choice.choices(list(tasks), list(tasks.values()))[0]
         count = max(1, self.stage.micro_tokens // length)
         seed = (self.config.seed * 1_000_003 + number) * SEED_STRIDE

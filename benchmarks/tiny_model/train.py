@@ -24,7 +24,7 @@ from benchmarks.tiny_model.model import export, new_model, save_files
 from benchmarks.tiny_model.plans import least_tokens
 
 VALIDATION_SEED = 1 << 45
-LOOK = "look"  # the stage of the vision tower
+LOOK = "look"  # how the names of the vision tower's stages begin
 MODEL = "model"  # the model's folder in a training's
 VALIDATION_S, VALIDATION_SHARE = 15.0, 0.12  # at most, at the end of a stage and of a run
 
@@ -54,7 +54,7 @@ def validate(model: Any, encoder: Encoder, config: Config, longest: int, limit_s
 class Trainer:
     """A model with its optimizer and progress, from the folder, from `weights` or new.
 
-    The first stage trains the vision tower (look.py), the others all the rest (answers.py).
+    Stages named look... train the vision tower (look.py), the others all the rest (answers.py).
     """
 
     def __init__(self, folder: Path, config: Config, device: str, weights: Path | None = None) -> None:
@@ -66,7 +66,7 @@ class Trainer:
         use_fast_attention(self.model)
         self.progress = checkpoint.load_progress(folder, weights, next(iter(config.stages)))
         (folder / checkpoint.LOG).touch()
-        self._trains_vision(self.progress.stage == LOOK)
+        self._trains_vision(self.progress.stage.startswith(LOOK))
         checkpoint.load(folder, weights, self.master)
 
     def _trains_vision(self, vision: bool) -> None:
@@ -90,16 +90,16 @@ class Trainer:
             stage = self.config.stages[name]
             left = stage.minutes * 60 - self.progress.stage_seconds
             stops = min(time.monotonic() + left, end - limit)
-            (look if name == LOOK else answers).train(self, name, stops)
+            (look if name.startswith(LOOK) else answers).train(self, name, stops)
             done = self.progress.stage_seconds >= stage.minutes * 60
             self.save()
-            if name != LOOK and (done or time.monotonic() > end - 2 * limit):
+            if not name.startswith(LOOK) and (done or time.monotonic() > end - 2 * limit):
                 self._validate(max(stage.lengths), limit)
             if done and name == stages[-1]:
                 return True
             if done:
                 self.progress.begin(stages[stages.index(name) + 1])
-                self._trains_vision(vision=False)
+                self._trains_vision(self.progress.stage.startswith(LOOK))
             if time.monotonic() > end - 2 * limit:
                 self.save()
                 return False
