@@ -2,7 +2,7 @@
 #
 # Each one first makes .venv from a bare Python, once; after that it starts at once (scripts/setup_cpu).
 # PYTHON=...  the interpreter to build on      VENV=...  where to build instead of .venv
-# ARGS="..."  handed on:  make demo ARGS="--help"   make test ARGS="-k layout"
+# ARGS="..."  handed on:  make demo ARGS="--help"   make test ARGS="-k layout"   make test ARGS="-n 0 --pdb"
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,8 +21,9 @@ lint: setup
 	@$(BIN)/ruff format --check --quiet --output-format concise
 	@$(BIN)/mypy
 
+# Two workers, and one thread in each process they start: more threads than cores wait for each other most of the time.
 test: lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # An environment that scripts/setup_cpu did not make is not ours to remove.
 clean:

@@ -53,6 +53,7 @@ class Soak:
     on_fault: hears of each that is over.
     come_back: else the job ends as soon as its last fault was noticed, a kill or a stop, with inputs left over; that
         fault waits until the gang has answered once.
+    slack: as soak's.
     """
 
     job: Job
@@ -63,6 +64,7 @@ class Soak:
     next_input: Callable[[], Input]
     on_fault: Callable[[Fault], None]
     come_back: bool = True
+    slack: float = 1.0
     issued: list[str] = field(default_factory=list)  # keys
     fault: Fault | None = None  # the one under way
     _due: float | None = None
@@ -152,9 +154,9 @@ class Soak:
         """Until nothing is asked and every rank has said, after that, that no request holds a page."""
         replica = self.job.replicas[0]
         idle = False
-        end = time.monotonic() + PAGES_S
+        end = time.monotonic() + self.slack * PAGES_S
         while not idle or any(replica.used.values()) or len(replica.used) < replica.gang.gpus:
-            assert time.monotonic() < end, f"pages not given back after {PAGES_S} s: {replica.used}"
+            assert time.monotonic() < end, f"pages not given back after {self.slack * PAGES_S} s: {replica.used}"
             self.job.step(0.05)
             if not idle and not self.job.asked:
                 idle = True
@@ -175,6 +177,7 @@ def soak(
     come_back: bool = True,
     *,
     minutes: float = math.inf,
+    slack: float = 1.0,
     keeper: Keeper | None = None,
     on_fault: Callable[[Fault], None] = lambda fault: None,
 ) -> dict[str, Any]:
@@ -183,6 +186,7 @@ def soak(
     Args:
         come_back: as Soak's.
         minutes: after which no more faults come; what is asked is still answered.
+        slack: how many times the marks everything may take, where other work shares the machine.
         keeper: knows the faults of earlier runs, the first of `kinds`, and writes down each new one.
         on_fault: hears of each when it is over.
     """
@@ -212,7 +216,7 @@ def soak(
         stack.callback(job.close)
         test = Soak(
             job, nodes, list(kinds[before:]), began + 60 * minutes, chance,
-            lambda: read_inputs([video], next(numbers))[0], over, come_back,
+            lambda: read_inputs([video], next(numbers))[0], over, come_back, slack,
         )  # fmt: skip
         test.run()
         open_keys = [work.input.key for work in (*job.waiting, *(work for _, work in job.asked.values()))]
@@ -221,7 +225,7 @@ def soak(
     assert not (come_back and open_keys), f"no results: {open_keys}"
     answers = [line["answer"] for line in lines if "error" not in line]
     assert len(set(answers)) == 1, f"answers to one prompt differ: {set(answers)}"
-    end = time.monotonic() + PAGES_S
+    end = time.monotonic() + slack * PAGES_S
     while (left := left_behind(mark)) and time.monotonic() < end:
         time.sleep(0.2)
     assert not left, f"processes left: {left}"
@@ -229,7 +233,7 @@ def soak(
     assert all(error.startswith("aborted") for error in errors), errors
     seconds = round(time.monotonic() - began)
     keeper.end({"struck": len(done) - before, "answers": len(answers), "aborted": len(errors), "seconds": seconds})
-    require_marks(done)
+    require_marks(done, slack)
     return summary(done) | keeper.runs[-1]
 
 

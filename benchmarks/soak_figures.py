@@ -12,7 +12,7 @@ from typing import Any
 from mm_sglang.demo.tables import machine
 
 Fault = dict[str, Any]
-NOTICED_S, BACK_S = 5.0, 60.0  # the marks
+NOTICED_S, BACK_S = 5.0, 60.0  # the marks, on a machine that does nothing else
 
 
 class Keeper:
@@ -65,8 +65,8 @@ def summary(done: list[Fault]) -> dict[str, Any]:
     return {"faults": dict(Counter(fault["kind"] for fault in done)), **figures}
 
 
-def require_marks(done: list[Fault]) -> None:
-    """AssertionError if one is missed. Back means: a host was there all the time."""
+def require_marks(done: list[Fault], slack: float = 1.0) -> None:
+    """AssertionError if one is missed by more than `slack` times. Back means: a host was there all the time."""
     found = dict(times([fault for fault in done if fault["kind"] != "nodes"]))
-    assert max(found.get("noticed_s", [0])) <= NOTICED_S, found
-    assert max(found.get("back_s", [0])) <= BACK_S, found
+    assert max(found.get("noticed_s", [0])) <= slack * NOTICED_S, found
+    assert max(found.get("back_s", [0])) <= slack * BACK_S, found

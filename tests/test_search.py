@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,17 @@ def test_an_interrupted_search_goes_on_where_it_was(folder: Path, monkeypatch: p
         return real(*given)
 
     monkeypatch.setattr(run, "layer_scores", once)
-    arguments = (str(folder / "model"), [folder / "a.mp4"], out)
+    search = partial(
+        run.search, str(folder / "model"), [folder / "a.mp4"], out, device="cpu", families=("a_shape", "columns")
+    )
     with pytest.raises(KeyboardInterrupt):
-        run.search(*arguments, target=DENSITY, device="cpu")
-    partial = folder / "y.yaml.partial"
-    assert not out.exists() and json.loads(partial.read_text())["done"] == [[0, 0]]
+        search(target=DENSITY)
+    begun = folder / "y.yaml.partial"
+    assert not out.exists() and json.loads(begun.read_text())["done"] == [[0, 0]]
     with pytest.raises(ValueError, match="is of another search"):
-        run.search(*arguments, target=0.2, device="cpu")
-    run.search(*arguments, target=DENSITY, device="cpu")
-    assert len(calls) == 3 and out.exists() and not partial.exists()
+        search(target=0.2)
+    search(target=DENSITY)
+    assert len(calls) == 3 and out.exists() and not begun.exists()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ def test_aborts_at_any_chunk_give_all_pages_back(assets: Assets) -> None:
     config.write_text(yaml.safe_dump({"default": {"pattern": "a_shape", "sink": 16, "local": 64}, "min_tokens": 64}))
     command, environment = server_command(
         str(assets.models["qwen2_5_vl"]), config=str(config), cores=2,
-        extra=["--chunked-prefill-size", "16", "--page-size", "16", "--disable-radix-cache", "--enable-metrics"],
+        extra=[
+            "--max-total-tokens", "32768", "--chunked-prefill-size", "16", "--page-size", "16", "--disable-radix-cache",
+            "--enable-metrics",
+        ],
     )  # fmt: skip
     with Server(command, environment, assets.folder / "abort.log") as server:
         first = ask(server.url, assets.prompts["video"], 4)

@@ -77,23 +77,16 @@ def test_a_video_that_is_too_long(server: Server, assets: Assets, tmp_path: Path
     assert len(ask(server.url, assets.prompts["video"], 4).tokens) == 4
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"default": {"pattern": "zigzag"}}, "pattern='zigzag': needs one of"),
-        ({"default": {"pattern": "dense"}}, "no sparse layer"),
-    ],
-)
-def test_a_backend_that_cannot_start_says_why(assets: Assets, settings: dict[str, object], message: str) -> None:
+def test_a_backend_that_cannot_start_says_why(assets: Assets) -> None:
     """SGLang's own command, past the checks of `mm-sglang serve`: the server ends and its log names the reason."""
     model = str(assets.models["qwen2_5_vl"])
     _, environment = server_command(model, config=None, extra=[], cores=1)
     command = [
         sglang_script(), "serve", model, "--attention-backend", "mm_sparse", "--device", "cpu",
         "--mm-attention-backend", "sdpa", "--max-total-tokens", "2048",
-        "--json-model-override-args", json.dumps({"mm_sparse": settings}),
+        "--json-model-override-args", json.dumps({"mm_sparse": {"default": {"pattern": "dense"}}}),
     ]  # fmt: skip
     log = assets.folder / "refused.log"
     with pytest.raises(RuntimeError, match="the server ended with code"), Server(command, environment, log):
         pass
-    assert message in log.read_text()
+    assert "no sparse layer" in log.read_text()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from assets import Assets
+from recipes import SHARED
 
 from benchmarks.processes import MARK, left_behind, new_mark
 from benchmarks.soak import soak
@@ -80,6 +81,6 @@ def test_a_killed_an_aborted_and_a_stopped_rank(tmp_path: Path) -> None:
 
     A gang takes most of a minute to start on two cores, so the one that was stopped, last, is not waited for.
     """
-    found = soak(["kill", "abort", "stop"], tmp_path, random.Random(0), come_back=False)
+    found = soak(["kill", "abort", "stop"], tmp_path, random.Random(0), come_back=False, slack=SHARED)
     assert found["faults"] == {"kill": 1, "stop": 1, "abort": 1}
     assert [found[name]["of"] for name in ("noticed_s", "back_s", "free_s")] == [2, 1, 1]

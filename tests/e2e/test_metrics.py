@@ -30,7 +30,7 @@ def test_metrics_of_a_server(assets: Assets) -> None:
     )
     command, environment = server_command(
         str(assets.models["qwen2_5_vl"]), config=str(config), cores=2,
-        extra=["--chunked-prefill-size", "64", "--enable-metrics"],
+        extra=["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--enable-metrics"],
     )  # fmt: skip
     with Server(command, environment, assets.folder / "metrics.log") as server:
         ask(server.url, [("text", "short")], 2)

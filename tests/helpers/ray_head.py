@@ -76,8 +76,11 @@ class Talk:
     speaks: dict[int, set[str]] = field(default_factory=dict)  # port -> who is connected to it
 
     def look(self, drivers: dict[str, str]) -> None:
-        """`drivers`: a text in a driver's command line, and its name."""
-        for process in psutil.process_iter():
+        """`drivers`: a text in a driver's command line, and its name.
+
+        Only at this process's descendants: jobs of another Ray on this machine have the same numbers.
+        """
+        for process in psutil.Process().children(recursive=True):
             try:
                 command = " ".join(process.cmdline())
                 name = next((name for text, name in drivers.items() if text in command), None)
