@@ -66,6 +66,12 @@ def order(layout: TokenLayout, name: str, first: int, last: int) -> torch.Tensor
     return _once(layout, ("order", name, first, last), make)
 
 
+def tail(layout: TokenLayout, queries: int, most: int) -> int:
+    """How many of a chunk's last `most` queries are text after all that is shown; known to the host."""
+    shown = max((b for item in begun(layout) for _, b in item.spans), default=0)
+    return max(0, min(most, queries, layout.length - shown))
+
+
 def mask(layout: TokenLayout, name: str) -> torch.Tensor:
     """bool [Nk]: positions of a class."""
     return _once(layout, ("mask", name), lambda: (layout.modality == TEXT) == (name == "text"))

@@ -11,6 +11,7 @@ from mm_sglang.kernels import classes
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
+from mm_sglang.kernels.patterns.dense import Dense, TextTail
 from mm_sglang.kernels.plan import BUCKET, PAD, TILE, Bands, HeadGroup, Segment, device_ints
 from mm_sglang.kernels.share import Team
 
@@ -27,7 +28,7 @@ def groups_of(
     team: Team | None,
 ) -> Iterator[HeadGroup]:
     """Groups of the heads whose recipe is `pattern`, in the order in which an engine must run them."""
-    heads, kv_head = _heads(patterns, pattern, len(patterns) // k.shape[1])
+    heads, kv_head = _heads([own == pattern for own in patterns], len(patterns) // k.shape[1])
     view = View(ops=ops, q=q, k=k, slots=slots, scale=scale, layout=layout, heads=heads, kv_head=kv_head, team=team)
     present = [c for c in pattern.query_classes if c is None or _rows(view, c)]
     # The commoner class runs in place, over all rows; the other's rows are gathered and overwrite theirs.
@@ -52,13 +53,30 @@ def groups_of(
                 yield _whole_rows(own, pattern, rows, chosen.rows_most)
 
 
-def _heads(
-    patterns: Sequence[HeadPattern], pattern: HeadPattern, ratio: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """HeadGroup.heads and .kv_head of the heads that use a recipe."""
+def text_tail(
+    q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, layout: TokenLayout, patterns: Sequence[HeadPattern],
+    most: int, scale: float, ops: Ops,
+) -> HeadGroup | None:  # fmt: skip
+    """The chunk's last text queries, `most` at most, with every key, for all heads that are not dense anyway."""
+    sparse = [not isinstance(own, Dense) for own in patterns]
+    number = classes.tail(layout, len(q), most)
+    if not number or not any(sparse):
+        return None
+    heads, kv_head = _heads(sparse, len(patterns) // k.shape[1])
+    at = torch.arange(-(-number // TILE) * TILE, dtype=torch.int32, device=q.device)
+    order = torch.where(at < number, at + (layout.length - number), PAD).int()
+    view = View(
+        ops=ops, q=q, k=k, slots=slots, scale=scale, layout=layout, heads=heads, kv_head=kv_head,
+        q_order=order.expand(len(kv_head), -1).contiguous(),
+    )  # fmt: skip
+    return _natural(view, TextTail(), Selection(everything=True))
+
+
+def _heads(chosen: Sequence[bool], ratio: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """HeadGroup.heads and .kv_head of the heads that are chosen."""
     rows: dict[int, list[int]] = {}
-    for head, own in enumerate(patterns):
-        if own == pattern:
+    for head, own in enumerate(chosen):
+        if own:
             rows.setdefault(head // ratio, []).append(head)
     g = max(len(row) for row in rows.values())
     return tuple(tuple(row + [-1] * (g - len(row))) for row in rows.values()), tuple(rows)

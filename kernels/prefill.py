@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mm_sglang.kernels.engines import Engine
-from mm_sglang.kernels.grouping import groups_of
+from mm_sglang.kernels.grouping import groups_of, text_tail
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.auto import Auto
@@ -29,21 +29,25 @@ def make_plan(
     scale: float,
     ops: Ops,
     slots: torch.Tensor | None = None,
+    tail: int = 0,
 ) -> Plan:
     """Choose what this chunk's queries attend, from the prompt itself. Arguments and errors: see `sparse_prefill`."""
     _check(q, k, k, layout, patterns, slots)
     return Plan(
         prefix=layout.length - len(q), queries=len(q), heads=q.shape[1],
-        groups=tuple(_groups(q, k, slots, layout, patterns, scale, ops, None)),
+        groups=tuple(_groups(q, k, slots, layout, patterns, tail, scale, ops, None)),
     )  # fmt: skip
 
 
 def _groups(
     q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, layout: TokenLayout, patterns: Sequence[HeadPattern],
-    scale: float, ops: Ops, team: Team | None,
+    tail: int, scale: float, ops: Ops, team: Team | None,
 ) -> Iterator[HeadGroup]:  # fmt: skip
     for pattern in dict.fromkeys(patterns):  # heads of equal recipes form groups, in order of first use
         yield from groups_of(q, k, slots, layout, patterns, pattern, scale, ops, team)
+    last = text_tail(q, k, slots, layout, patterns, tail, scale, ops)
+    if last is not None:
+        yield last
 
 
 def sparse_prefill(
@@ -58,6 +62,7 @@ def sparse_prefill(
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     share: Share | None = None,
+    tail: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, Plan]:
     """Plan and attend one chunk; nothing in it waits for the device.
 
@@ -70,6 +75,9 @@ def sparse_prefill(
         engine: from `kernels.engines.engine`.
         slots: int32 [Nk] row of k and v that holds each position (page tables of any page size, written out), or None.
         out: where to write, [Nq, H, D] in q's dtype, heads next to each other; None: new memory.
+        tail: so many of the chunk's last queries at most, if they are text after all that is shown, attend every key.
+            A question comes last and looks anything up; TriangleMix (arXiv 2507.21526) keeps the last rows of all
+            layers dense for the same reason.
         share: this rank's share of the plan; rows of out and lse that it neither ran nor got are undefined then.
 
     Returns:
@@ -89,7 +97,7 @@ def sparse_prefill(
         )
     lse = torch.empty(q.shape[1], len(q), device=q.device)
     groups, team = [], None if share is None else share.team
-    for group in _groups(q, k, slots, layout, patterns, scale, engine.ops(), team):
+    for group in _groups(q, k, slots, layout, patterns, tail, scale, engine.ops(), team):
         part = group if share is None else share.begin(group)
         if part is not None:
             engine.attend(q, k, v, slots, part, scale, out, lse)  # at once: the device works while the next is planned

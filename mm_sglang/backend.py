@@ -141,7 +141,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         self.watch.begin(reasons, [chunk.end - chunk.start for chunk in self.chunks if not chunk.dense])
         if self.ranks is not None and meta is not None:
             self.shared = SharedBatch.of(
-                self.ranks, meta.sharding, meta.width, self.chunks, forward_batch.out_cache_loc
+                self.ranks, meta.sharding, meta.width, self.chunks, forward_batch.out_cache_loc, self.config.text_tail
             )
         elif self.chunks and rest:
             self.dense_rows = upload(torch.cat(rest_rows), self.device)
@@ -243,7 +243,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         with nullcontext() if quiet else self.watch.timer(layer.layer_id) or nullcontext():
             attended, lse, plan = sparse_prefill(
                 q, *pools, slots=chunk.slots, layout=chunk.layout, patterns=recipes, scale=layer.scaling,
-                engine=self.engine, out=out, share=share,
+                engine=self.engine, out=out, share=share, tail=self.config.text_tail,
             )  # fmt: skip
         if quiet:
             return

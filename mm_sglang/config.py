@@ -14,6 +14,7 @@ import yaml
 from mm_sglang.kernels.patterns import HeadPattern, head_pattern
 
 EMPTY: Mapping[Any, Any] = MappingProxyType({})
+TEXT_TAIL = 128  # a tile's rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,8 @@ class SparseConfig:
         layers: layer number -> LayerPatterns.
         dense_layers: layers left to the dense backend whole.
         min_tokens: a chunk with fewer keys than this (prefix + chunk) is left to the dense backend. Default: 4096.
+        text_tail: a chunk's last queries, so many at most, attend every key if they are text after all that is shown:
+            the question looks things up whatever the heads' recipes left out for the others. 0: none. Default: 128.
         engine: a name of `kernels.engines.ENGINES`, or "auto": by device, logged with its reason.
         trace: see Trace.
         probe: see Probe.
@@ -115,6 +118,7 @@ class SparseConfig:
     layers: Mapping[int, LayerPatterns] = field(default_factory=lambda: EMPTY)
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 4096
+    text_tail: int = TEXT_TAIL
     engine: str = "auto"
     trace: Trace | None = None
     probe: Probe | None = None
@@ -125,6 +129,7 @@ class SparseConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 1:
             raise ValueError(f"min_tokens={self.min_tokens!r}: needs a whole number of at least 1")
+        _require_at_least("mm_sparse", self, 0, "text_tail")
         both = sorted(set(self.dense_layers) & set(self.layers))
         if both:
             raise ValueError(f"layer {both[0]} is in dense_layers and in layers: needs one of them")

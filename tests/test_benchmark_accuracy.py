@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy import session as sessions
-from benchmarks.accuracy.methods import METHODS, RIVALS, SEARCHED, Layer, balance, rival, searched
+from benchmarks.accuracy.methods import FILES, METHODS, RIVALS, SEARCHED, Layer, balance, rival, searched
 from benchmarks.accuracy.patterns import Fixed, Strided, TriShape
 from benchmarks.accuracy.report import heat_maps, table
 from benchmarks.accuracy.student import Prompt, Student
@@ -157,7 +157,7 @@ def test_a_run_goes_on_where_it_was(
     stored = json.loads((tmp_path / "accuracy.json").read_text())
     assert {cell["method"] for cell in stored["cells"]} == {"dense", *SEARCHED, "auto", "a_shape"}
     assert not stored["left_out"] and set(stored["factors"]) == {f"{m} v_niah 1200" for m in (*SEARCHED, "a_shape")}
-    for name in SEARCHED:
+    for name in FILES:
         families = SparseConfig.from_yaml(tmp_path / f"{name}-1200.yaml").provenance["families"]
         assert any("grid" in f for f in families) is (name != "searched_no_grid")
         assert any(f.startswith("2d") for f in families) is (name != "searched_no_boundary")

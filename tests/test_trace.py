@@ -37,8 +37,9 @@ def traced(folder: Path) -> SparseConfig:
             patterns = config.patterns(layer, 2)
             assert patterns is not None
             out, _, plan = sparse_prefill(
-                q[start:end], k[:end], v[:end], layout=layout, patterns=patterns, scale=0.25, engine=engine("reference")
-            )
+                q[start:end], k[:end], v[:end], layout=layout, patterns=patterns, scale=0.25, engine=engine("reference"),
+                tail=config.text_tail,
+            )  # fmt: skip
             tracer.record("r1", layer, layout, plan, (q[start:end], k[:end], v[:end], out))
     return config
 
@@ -55,8 +56,10 @@ def test_a_trace_can_be_replayed_measured_and_drawn(tmp_path: Path) -> None:
     table = density_table(chunks)
     assert [(row.layer, row.pattern, row.heads) for row in table] == [
         (0, "a_shape", 2),
+        (0, "text_tail", 2),
         (1, "a_shape", 1),
         (1, "grid", 1),
+        (1, "text_tail", 2),
     ]
     assert table[0].causal_tiles == 2 * (1 + 2 + 3 + 4 + 5 + 6 + 6)  # three rows of tiles, then four from position 300
 
@@ -70,7 +73,7 @@ def test_a_trace_can_be_replayed_measured_and_drawn(tmp_path: Path) -> None:
     pixels, seen = attended_pixels(panel, 700), [attended(plan, 1) for plan in plans]
     assert float(pixels[0, 0]) == 1.0 and float(pixels[0, -1]) == -1.0
     whole = sum(group.query_tiles for plan in plans for group in plan.groups[2:])  # rows computed with every key
-    assert whole == 1 + 3 and tile_rows(panel).shape == (3 + 4 + whole, 7)
+    assert whole == 1 + 3 + 1 and tile_rows(panel).shape == (3 + 4 + whole, 7)
     share = sum(float(a.sum()) for a in seen) / (700 * 701 / 2)
     assert abs(float(pixels[pixels >= 0].mean()) - share) < 0.05
     draw([panel], layout, "title", tmp_path / "p.png")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.accuracy.patterns import Fixed, Strided, TriShape
-from mm_sglang.config import SparseConfig
+from mm_sglang.config import TEXT_TAIL, SparseConfig
 from mm_sglang.kernels.inspection import density
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
@@ -28,7 +28,9 @@ ALL_BLOCKS = 1 << 20  # more key tiles than there are, where coverage alone deci
 # Of all methods that choose blocks; FlashPrefill V2's own 256 and 512 are more than 10% of a short prompt's tiles.
 SINK, WINDOW = 128, 256
 WITHOUT = {"searched_no_boundary": ("k ", "q ", "2d "), "searched_no_grid": ("grid", "q grid")}  # family prefixes
-SEARCHED = ("searched", *WITHOUT)
+FILES = ("searched", *WITHOUT)
+NO_TAIL = "searched_no_tail"
+SEARCHED = (*FILES, NO_TAIL)
 BLOCKS = BlockTopK(blocks=32, sink=SINK, local=WINDOW)
 
 RIVALS: Mapping[str, tuple[HeadPattern, str]] = {
@@ -53,10 +55,16 @@ NOTES = {
     "searched": "mm_sparse, each head's pattern by mm-sglang search",
     "searched_no_boundary": "the same without boundaries between text and vision",
     "searched_no_grid": "the same without grids",
+    NO_TAIL: "the same, the question's queries as sparse as all others",
     "auto": "mm_sparse without a search",
     **{name: note for name, (_, note) in RIVALS.items()},
 }
 METHODS = tuple(NOTES)
+
+
+def tail_of(method: str) -> int:
+    """The text tail, which mm_sparse's settings have if they name none; the rivals are run as published."""
+    return TEXT_TAIL if method in (*FILES, "auto") else 0
 
 
 def rival(name: str, heads: int) -> Make:
@@ -96,10 +104,13 @@ class Layer:
     layout: TokenLayout
     scale: float
     ops: Ops
+    tail: int = 0
 
     def density(self, recipes: Recipes) -> float:
         """Tiles that all heads compute over those of dense causal attention."""
-        plan = make_plan(self.q, self.k, layout=self.layout, patterns=recipes, scale=self.scale, ops=self.ops)
+        plan = make_plan(
+            self.q, self.k, layout=self.layout, patterns=recipes, scale=self.scale, ops=self.ops, tail=self.tail
+        )
         return density(plan)
 
 

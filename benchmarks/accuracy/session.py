@@ -5,14 +5,27 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy.methods import RIVALS, SEARCHED, WITHOUT, Layer, Make, Recipes, balance, rival, searched
+from benchmarks.accuracy.methods import (
+    FILES,
+    NO_TAIL,
+    RIVALS,
+    SEARCHED,
+    WITHOUT,
+    Layer,
+    Make,
+    Recipes,
+    balance,
+    rival,
+    searched,
+    tail_of,
+)  # fmt: skip
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.student import Outcome, Prompt, Student
 from benchmarks.tiny_model.inputs import Encoder
@@ -115,7 +128,7 @@ class Session:
             self.configs = {("searched", max(options.lengths)): config}
             return
         for length in searched_at(options.lengths):
-            paths = {name: options.out / f"{name}-{length}.yaml" for name in SEARCHED}
+            paths = {name: options.out / f"{name}-{length}.yaml" for name in FILES}
             if not all(path.exists() for path in paths.values()):
                 fewer = {
                     paths[name]: [f for f in FAMILIES if not f.startswith(prefixes)]
@@ -140,8 +153,9 @@ class Session:
         heads = self.student.held.heads
         if method in RIVALS:
             return rival(method, heads)
-        ratio = {n: max(n, length) / min(n, length) for name, n in self.configs if name == method}
-        return searched(self.configs[method, min(ratio, key=lambda n: ratio[n])], heads)
+        of = "searched" if method == NO_TAIL else method
+        ratio = {n: max(n, length) / min(n, length) for name, n in self.configs if name == of}
+        return searched(self.configs[of, min(ratio, key=lambda n: ratio[n])], heads)
 
     def _factors(self, length: int, task: str, methods: Sequence[str]) -> dict[str, list[float]]:
         """A factor a layer for each method, found once a task and length on a prompt of the training split."""
@@ -158,7 +172,7 @@ class Session:
                     number=number, q=q.contiguous(), k=k.contiguous(), layout=layout, scale=scale, ops=ops
                 )  # fmt: skip
                 for method, make in need.items():
-                    found[method].append(balance(make, layer, self.options.density))
+                    found[method].append(balance(make, replace(layer, tail=tail_of(method)), self.options.density))
 
             self.student.held.run(inputs, look)
         self.store.factors |= {names[method]: factors for method, factors in found.items()}
@@ -181,13 +195,13 @@ class Session:
 
     def _outcome(self, method: str, length: int, prompt: Prompt, factors: list[float] | None) -> Outcome:
         if factors is None:
-            return self.student.run(prompt, partial(self._auto, prompt))
+            return self.student.run(prompt, partial(self._auto, prompt), tail_of(method))
         make = self._make(method, length)
 
         def recipes(layer: int, *_: object) -> Recipes:
             return make(layer, factors[layer])
 
-        return self.student.run(prompt, recipes)
+        return self.student.run(prompt, recipes, tail_of(method))
 
     def _auto(
         self, prompt: Prompt, _: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float

@@ -100,8 +100,8 @@ class Student:
             answer=ids[0, own[0] :],
         )
 
-    def run(self, prompt: Prompt, recipes: Recipes | None) -> Outcome:
-        """One forward pass; `recipes` None: dense attention, as transformers runs it."""
+    def run(self, prompt: Prompt, recipes: Recipes | None, tail: int = 0) -> Outcome:
+        """One forward pass; `recipes` None: dense attention, as transformers runs it; tail: of `sparse_prefill`."""
         length = prompt.layout.length
         measured: list[torch.Tensor] = []
 
@@ -111,15 +111,15 @@ class Student:
             pq, pk, pv = (x[:length].contiguous() for x in (q, k, v))
             out, lse, plan = sparse_prefill(
                 pq, pk, pv, layout=prompt.layout, patterns=recipes(layer, pq, pk, pv, scale), scale=scale,
-                engine=self.engine,
+                engine=self.engine, tail=tail,
             )  # fmt: skip
             density = tile_counts_on_device(plan) / (plan.causal_tiles * plan.heads)
             exact = Exact(pq, pk, pv, scale, self.engine.ops())
             found = exact.recall(lse).mean(), exact.error(out).sum(), exact.norm().sum(), density.float()
             measured.append(torch.stack(found))
             # A server decodes the answer with its dense backend, so what stands for that here is dense too.
-            tail = dense_rows(q, k, v, torch.arange(length, len(q), device=q.device), scale)
-            return torch.cat([out, tail.to(out.dtype)])
+            answers = dense_rows(q, k, v, torch.arange(length, len(q), device=q.device), scale)
+            return torch.cat([out, answers.to(out.dtype)])
 
         hidden = self.held.run(prompt.inputs, look)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 from mm_sglang.kernels.patterns.block_topk import BlockTopK
 from mm_sglang.kernels.patterns.boundary import NAMES, Boundary
-from mm_sglang.kernels.patterns.dense import Dense
+from mm_sglang.kernels.patterns.dense import Dense, TextTail
 from mm_sglang.kernels.patterns.grid import Grid
 from mm_sglang.kernels.patterns.vertical_slash import VerticalSlash
 
@@ -57,6 +57,6 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
 
 
 __all__ = [
-    "PATTERNS", "AShape", "Auto", "BlockTopK", "Boundary", "Dense", "Grid", "HeadPattern", "Selection", "VerticalSlash",
-    "View", "head_pattern",
+    "PATTERNS", "AShape", "Auto", "BlockTopK", "Boundary", "Dense", "Grid", "HeadPattern", "Selection", "TextTail",
+    "VerticalSlash", "View", "head_pattern",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""dense: every key at or before the query."""
+"""dense: every key at or before the query; and what a plan adds of it for a question."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ class Dense(HeadPattern):
     """Full causal attention; inside a layer of mixed heads, where SGLang's backends can't take some heads only."""
 
     kind: ClassVar[str] = "dense"
+
+    def select(self, view: View) -> Selection:
+        return Selection(everything=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTail(HeadPattern):
+    """In plans only: a chunk's last text queries with every key, for all heads (`sparse_prefill`, tail)."""
+
+    kind: ClassVar[str] = "text_tail"
 
     def select(self, view: View) -> Selection:
         return Selection(everything=True)

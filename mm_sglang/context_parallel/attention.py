@@ -18,6 +18,7 @@ import torch
 
 from mm_sglang.batches import SparseChunk
 from mm_sglang.context_parallel.collectives import Ranks
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.layout import upload
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.plan import TILE, HeadGroup, device_ints, head_numbers
@@ -32,6 +33,7 @@ class SharedBatch:
     width: W.
     rows: int64, the batch rows that this rank owns.
     slots: int64 [N * W] row of the pool for each row of an all-gather; what fills up goes to 0, SGLang's dummy row.
+    tail: of `sparse_prefill`.
     """
 
     ranks: Ranks
@@ -40,18 +42,25 @@ class SharedBatch:
     chunks: Sequence[SparseChunk]
     rows: torch.Tensor
     slots: torch.Tensor
+    tail: int
     _fetches: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, ranks: Ranks, sharding: Sharding, width: int, chunks: Sequence[SparseChunk], out_cache_loc: torch.Tensor
+        cls,
+        ranks: Ranks,
+        sharding: Sharding,
+        width: int,
+        chunks: Sequence[SparseChunk],
+        out_cache_loc: torch.Tensor,
+        tail: int = 0,
     ) -> SharedBatch:
         """out_cache_loc: [T] row of the pool for each row of the batch."""
         device = out_cache_loc.device
         order = upload(sharding.gathered(width), device)
         return cls(
             ranks=ranks, sharding=sharding, width=width, chunks=chunks, rows=upload(sharding.rows(ranks.rank), device),
-            slots=torch.nn.functional.pad(out_cache_loc.long(), (0, 1)).index_select(0, order),
+            slots=torch.nn.functional.pad(out_cache_loc.long(), (0, 1)).index_select(0, order), tail=tail,
         )  # fmt: skip
 
     def start(self, x: torch.Tensor, pool: torch.Tensor) -> Callable[[], None]:
@@ -81,7 +90,8 @@ class SharedBatch:
 
     def _needs(self, recipes: Sequence[Sequence[HeadPattern]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(heads, last rows of each chunk): in one piece those of which any row is wanted, in another all others."""
-        known = [{p: p.looks_at(c.layout) for p in set(r)} for r, c in zip(recipes, self.chunks, strict=True)]
+        known = [{p: self._looks_at(p, c, n) for p in set(r)}
+                 for r, c, n in zip(recipes, self.chunks, self.sharding.lengths, strict=True)]  # fmt: skip
         looked = [[k[p] for k, p in zip(known, own, strict=True)] for own in zip(*recipes, strict=True)]  # [H][chunks]
         out = []
         for any_row in (False, True):
@@ -93,6 +103,11 @@ class SharedBatch:
             if any(need):
                 out.append((heads, need))
         return out
+
+    def _looks_at(self, pattern: HeadPattern, chunk: SparseChunk, queries: int) -> int | None:
+        """`HeadPattern.looks_at`, or the queries of the text's tail, whose tile any rank may run."""
+        own = pattern.looks_at(chunk.layout)
+        return None if own is None else max(own, classes.tail(chunk.layout, queries, self.tail))
 
     def _fetch(self, need: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of q that this rank sends, and where the gathered ones belong (T: nowhere); kept for all layers."""

@@ -13,6 +13,7 @@ from mm_sglang.config import SparseConfig
 from mm_sglang.kernels.inspection import attended, by_pattern
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import reference_ops
+from mm_sglang.kernels.patterns import TextTail
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan
 
@@ -91,6 +92,7 @@ def replay(
             patterns=patterns,
             scale=tensors["q"].shape[2] ** -0.5,
             ops=reference_ops(),
+            tail=config.text_tail,
         )
         if [tiles for _, _, tiles, _ in by_pattern(plan)] != [g["tiles"] for g in line["groups"]]:
             raise RuntimeError(f"chunk at {line['prefix']}: the plan made again differs from the one the server ran")
@@ -108,7 +110,7 @@ def recalls(plans: Sequence[Plan], tensors: Sequence[dict[str, torch.Tensor]]) -
         share, scale = t["q"].shape[1] // t["k"].shape[1], t["q"].shape[2] ** -0.5
         future = torch.arange(plan.keys) > (plan.prefix + rows)[:, None]
         for pattern, heads, _, _ in by_pattern(plan):
-            for head in heads:
+            for head in () if isinstance(pattern, TextTail) else heads:
                 logits = t["q"][rows, head].double() @ t["k"][:, head // share].double().T * scale
                 weights = logits.masked_fill(future, float("-inf")).softmax(-1)
                 kept.setdefault(pattern.kind, []).append((weights * attended(plan, head)[rows]).sum(-1))

@@ -28,6 +28,7 @@ from mm_sglang.demo.trained import trained_model
 from mm_sglang.demo.video import PHOTOGRAPHS, render_video
 from mm_sglang.kernels.inspection import by_pattern
 from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.patterns import TextTail
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.serve import server_command
 from mm_sglang.trace import read_trace
@@ -139,6 +140,8 @@ def start(model: Path, extra: Sequence[str], log: Path, stack: ExitStack) -> Ser
 def draw_layer(layout: TokenLayout, plans: Sequence[Plan], path: Path) -> None:
     panels = []
     for pattern, heads, _, _ in by_pattern(plans[-1]):
+        if isinstance(pattern, TextTail):
+            continue
         head = heads[0]
         title = f"layer {TRACED_LAYER}, head {head}: {pattern.kind}"
         panels.append(Panel(title=title, head=head, plans=tuple(plans)))

@@ -24,7 +24,7 @@ from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.parallel.sharding import KINDS, Sharding
 
 REFERENCE = engine("reference")
-HEAD_DIM, SCALE, KV_HEADS = 16, 0.7, 2
+HEAD_DIM, SCALE, KV_HEADS, TAIL = 16, 0.7, 2, 150
 
 
 Tiles = list[tuple[list[int], int]]  # of each chunk: tiles by head, causal tiles
@@ -89,7 +89,9 @@ def prompts(shapes: list[tuple[int, int]], patterns: list[HeadPattern]) -> tuple
 
 def alone(batch: list[Prompt]) -> tuple[torch.Tensor, Tiles]:
     results = [
-        sparse_prefill(p.q, p.k, p.v, layout=p.chunk.layout, patterns=p.patterns, scale=SCALE, engine=REFERENCE)
+        sparse_prefill(
+            p.q, p.k, p.v, layout=p.chunk.layout, patterns=p.patterns, scale=SCALE, engine=REFERENCE, tail=TAIL
+        )
         for p in batch
     ]
     return torch.cat([out for out, _, _ in results]), [tiles(plan) for _, _, plan in results]
@@ -99,7 +101,9 @@ def tiles(plan: Plan) -> tuple[list[int], int]:
     return tiles_by_head(plan), plan.causal_tiles
 
 
-def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tuple[torch.Tensor, Table]:
+def together(
+    batch: list[Prompt], new: torch.Tensor, size: int, kind: str, tail: int = TAIL
+) -> tuple[torch.Tensor, Table]:
     """The rows of all ranks put together; each rank has a pool of its own, with the prefixes only."""
     sharding = Sharding(lengths=tuple(len(p.q) for p in batch), size=size, kind=kind)
     width, table = -(-max(sharding.counts) // size) * size, Table(size=size)
@@ -116,7 +120,7 @@ def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tu
         fill = (0, 0, 0, 0, 0, width - len(own))
         k, v = (torch.cat([x[-len(p.q) :] for p, x in zip(batch, xs, strict=True)])[own] for xs in (
             [p.k for p in batch], [p.v for p in batch]))  # fmt: skip
-        shared = SharedBatch.of(ranks, sharding, width, [p.chunk for p in batch], new)
+        shared = SharedBatch.of(ranks, sharding, width, [p.chunk for p in batch], new, tail)
         local_q, k, v = (torch.nn.functional.pad(x, fill) for x in (q[own], k, v))
         finish_keys = shared.start(k, keys)
         queries = shared.queries(local_q, [p.patterns for p in batch])
@@ -129,7 +133,7 @@ def together(batch: list[Prompt], new: torch.Tensor, size: int, kind: str) -> tu
             share = ChunkShare(batch=shared, chunk=number, start=p.chunk.start, out=out, values=finish_values)
             _, _, plan = sparse_prefill(
                 queries[rows], keys, values, slots=p.chunk.slots, layout=p.chunk.layout, patterns=p.patterns,
-                scale=SCALE, engine=REFERENCE, out=out[rows], share=share,
+                scale=SCALE, engine=REFERENCE, out=out[rows], share=share, tail=tail,
             )  # fmt: skip
             planned.append(tiles(plan))
         return shared.local(out)[: len(own)], planned
@@ -179,7 +183,7 @@ def test_only_the_sampled_queries_travel_where_nothing_is_gathered() -> None:
     rows = {}
     for name in ("block_topk", "vertical_slash", "grid_frame"):
         batch, new = prompts([(0, 1000)], recipes(name))
-        rows[name] = together(batch, new, 2, "stripe")[1].rows_moved
+        rows[name] = together(batch, new, 2, "stripe", tail=0)[1].rows_moved
     width = 512
     assert rows["block_topk"] == 2 * width + 4  # and the means of its four blocks
     # the sampled are all in the last block, so one rank has them all; and parts of their masses: of 4 pieces of keys

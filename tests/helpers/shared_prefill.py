@@ -29,6 +29,7 @@ from mm_sglang.parallel.sharding import Sharding
 # Query and KV heads, dimension, tokens of a chunk and of the prompt: two whole chunks and a rest.
 SMALL = {"heads": (12, 4), "dim": 16, "chunk": 700, "tokens": 1700, "frame": (4, 6), "dtype": torch.float32}
 LARGE = {"heads": (28, 4), "dim": 128, "chunk": 32768, "tokens": 100_000, "frame": (14, 14), "dtype": torch.bfloat16}
+TAIL = 100
 # Of each KV head in turn.
 RECIPES: tuple[dict[str, Any], ...] = (
     SLASH | {"coverage": 0.9, "columns": 300, "last_q": 70}, FRAME, BLOCKS, SLASH | {"boundary": "2d"},
@@ -65,7 +66,14 @@ def main() -> None:
         if size == 1:
             pools[0][slots[start:end].long()], pools[1][slots[start:end].long()] = k[start:end], v[start:end]
             out, _, plan = sparse_prefill(
-                q[start:end], *pools, layout=layout, patterns=patterns, scale=0.2, engine=runs, slots=slots[:end]
+                q[start:end],
+                *pools,
+                layout=layout,
+                patterns=patterns,
+                scale=0.2,
+                engine=runs,
+                slots=slots[:end],
+                tail=TAIL,
             )
         else:
             out, plan = _together(ranks, q[start:end], k[start:end], v[start:end], pools, layout, slots, patterns, runs)
@@ -86,7 +94,7 @@ def _together(
     width = max(sharding.counts)
     slots = slots[: layout.length]
     chunk = SparseChunk(request=0, rid="0", start=0, end=len(q), layout=layout, slots=slots)
-    batch = SharedBatch.of(ranks, sharding, width, [chunk], slots[-len(q) :])
+    batch = SharedBatch.of(ranks, sharding, width, [chunk], slots[-len(q) :], TAIL)
     own = sharding.rows(ranks.rank).to(q.device)
     q_own, k_own, v_own = (
         torch.nn.functional.pad(x[own], (0, 0, 0, 0, 0, width - len(own))) for x in (q, k, v)
@@ -98,6 +106,7 @@ def _together(
     out = torch.empty_like(queries)
     _, _, plan = sparse_prefill(
         queries[:-1], *pools, layout=layout, patterns=patterns, scale=0.2, engine=runs, slots=slots, out=out[:-1],
+        tail=TAIL,
         share=ChunkShare(batch=batch, chunk=0, start=0, out=out, values=finish_values),
     )  # fmt: skip
     order = sharding.inverse(width).to(q.device)

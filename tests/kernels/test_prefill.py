@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +58,49 @@ def test_attended_set_is_the_brute_force_mask(name: str, prefix: int, queries: i
     check(plan)
     for head, mask in enumerate(expected([recipe] * 6, q, k)):
         np.testing.assert_array_equal(attended(plan, head).numpy(), mask.numpy())
+
+
+@DEVICES
+@pytest.mark.parametrize(
+    "prefix, queries, tail", [(0, 611, 200), (256, 355, 40), (300, 190, 200), (610, 1, 200), (0, 300, 40)]
+)
+def test_the_texts_tail_attends_every_key(prefix: int, queries: int, tail: int, device: str) -> None:
+    """Queries after all that is shown, of all heads but dense ones; none in a chunk that ends among frames."""
+    length, shown = prefix + queries, 366
+    own = max(0, min(tail, queries, length - shown))
+    recipes = list(RECIPES.values())
+    q, k, v = tensors(prefix, queries, heads=2 * len(recipes), kv_heads=2, seed=length)
+    patterns = [head_pattern(r) for r in recipes] * 2
+    out, _, plan = sparse_prefill(
+        q.to(device), k.to(device), v.to(device), layout=TokenLayout(items=ITEMS, length=length, device=device),
+        patterns=patterns, scale=SCALE, engine=REFERENCE, tail=tail,
+    )  # fmt: skip
+    check(plan)
+    assert (plan.groups[-1].pattern.kind == "text_tail") is (own > 0) is (length > shown)
+    if own:
+        dense = [head for head, pattern in enumerate(patterns) if pattern.kind == "dense"]
+        assert sorted([*plan.groups[-1].members, *dense]) == list(range(len(patterns)))
+    causal = torch.ones(queries, length, dtype=torch.bool).tril(prefix)
+    for head, mask in enumerate(expected(recipes * 2, q, k)):
+        want = torch.cat([mask[: queries - own], causal[queries - own :]])
+        np.testing.assert_array_equal(attended(plan, head).numpy(), want.numpy())
+        logits = (q[:, head].double() @ k[:, head // len(recipes)].double().T * SCALE).masked_fill(~want, -math.inf)
+        whole = logits.softmax(-1) @ v[:, head // len(recipes)].double()
+        torch.testing.assert_close(out[:, head].cpu().double(), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_tail_where_all_heads_are_dense() -> None:
+    q, k, _ = tensors(0, 500, heads=4, kv_heads=2, seed=1)
+    plan = make_plan(
+        q,
+        k,
+        layout=TokenLayout(items=ITEMS, length=500),
+        patterns=[Dense()] * 4,
+        scale=SCALE,
+        ops=OPS["cpu"](),
+        tail=128,
+    )
+    assert [group.pattern.kind for group in plan.groups] == ["dense"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
