@@ -37,8 +37,8 @@ def traced(folder: Path) -> SparseConfig:
             patterns = config.patterns(layer, 2)
             assert patterns is not None
             out, _, plan = sparse_prefill(
-                q[start:end], k[:end], v[:end], layout=layout, patterns=patterns, scale=0.25, engine=engine("reference"),
-                tail=config.text_tail,
+                q[start:end], k[:end], v[:end], layout=layout, patterns=patterns, scale=0.25,
+                engine=engine("reference"), tail=config.text_tail,
             )  # fmt: skip
             tracer.record("r1", layer, layout, plan, (q[start:end], k[:end], v[:end], out))
     return config

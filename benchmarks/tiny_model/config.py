@@ -93,7 +93,7 @@ CONFIGS = {
             "longer": Stage(minutes=4.0, lr=1e-3, lr_end=1e-5, lengths=LONG, tasks=NEEDLES),
             # Big frames are in long contexts only: a glyph over 6 x 6 tokens of 12 x 12 was misread once in eight.
             "look closer": Stage(
-                minutes=1.8, lr=5e-4, lr_end=2e-5, warmup_steps=50, lengths={1024: 0.4, 4096: 0.6}, micro_tokens=12288,
+                minutes=2.1, lr=1e-3, lr_end=2e-5, warmup_steps=50, lengths={1024: 0.4, 4096: 0.6}, micro_tokens=12288,
                 micros=4, tasks=SEEN,
             ),
             "last": Stage(minutes=1.5, lr=3e-4, lr_end=1e-5, lengths=LONG, tasks=NEEDLES),

@@ -25,7 +25,7 @@ from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 from mm_sglang.kernels.sampling import sampled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SCALE = 0.3
+SCALE, TAIL = 0.3, 50
 ENGINES = ["triton", pytest.param("fa4", marks=pytest.mark.gpu)]
 # (prefix, queries). The interpreter takes seconds a tile: both end inside a tile, the second one is past every item.
 INTERPRETED = [(100, 129), (200, 190)]
@@ -71,8 +71,9 @@ def run(
     layout = TokenLayout(items=ITEMS, length=len(k), device=DEVICE)
     patterns = [head_pattern(recipe) for recipe in recipes]
     out, lse, plan = sparse_prefill(
-        q, k_pool, v_pool, layout=layout, patterns=patterns, scale=SCALE, engine=engine(name), slots=slots
-    )
+        q, k_pool, v_pool, layout=layout, patterns=patterns, scale=SCALE, engine=engine(name), slots=slots,
+        tail=TAIL,
+    )  # fmt: skip
     share = q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
         mask = attended(plan, head).to(DEVICE)
@@ -124,7 +125,7 @@ def test_other_lengths_need_no_other_kernels(kind: str, monkeypatch: pytest.Monk
         q, k, v = tensors(prefix, queries, len(RECIPES), 1, 64, torch.float16, seed=queries)
         layout = TokenLayout(items=ITEMS, length=len(k), device=DEVICE)
         patterns = [head_pattern(recipe) for recipe in RECIPES.values()]
-        sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=engine(kind))
+        sparse_prefill(q, k, v, layout=layout, patterns=patterns, scale=SCALE, engine=engine(kind), tail=TAIL)
 
     for warm in ((0, 9001), (1008, 1000), (0, 9008), (0, 100)):
         run_all(*warm)
