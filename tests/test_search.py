@@ -14,7 +14,6 @@ from mm_sglang.cli import main
 from mm_sglang.config import SparseConfig
 from mm_sglang.demo.tiny_model import make_tiny_model
 from mm_sglang.demo.video import render_video
-from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import density
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import reference_ops
@@ -22,7 +21,7 @@ from mm_sglang.kernels.patterns import HeadPattern, head_pattern
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan
 from mm_sglang.search import run
-from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head, family_of, options
+from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
 from mm_sglang.serve import server_command
 
@@ -63,7 +62,6 @@ def test_it_says_what_each_choice_gave(found: Path) -> None:
     for heads in told["heads"].values():
         for head in heads.values():
             assert head["family"] in FAMILIES and 0 <= head["error"] < 1.5 and 0 < head["recall"] <= 1
-        assert sum(head["density"] for head in heads.values()) / len(heads) <= DENSITY + 1e-4
 
 
 def test_families_are_brought_to_the_target() -> None:
@@ -83,55 +81,17 @@ def test_families_are_brought_to_the_target() -> None:
         assert sum(each) / 4 == pytest.approx(density(plan))
 
 
-def cell(*errors: float, cost: float = 0.1, samples: int = 1) -> dict[str, Any]:
+def cell(*errors: float, cost: float = 0.1) -> dict[str, Any]:
     recipe = head_pattern(FAMILIES["a_shape"]).to_dict()
-    sums = [[e * e * samples, 0.9 * samples, cost * samples] for e in errors]
-    return {"sums": sums, "recipes": [recipe] * samples, "samples": samples}
+    return {"sums": [[e * e, 1.0, 0.9, cost] for e in errors], "recipes": [recipe], "samples": 1}
 
 
-def test_the_least_error_wins_at_the_mean_cost() -> None:
-    entry = {
-        "a_shape @ 1": cell(0.5, 0.1), "vertical_slash @ 1": cell(0.2, 0.3), "columns @ 1": cell(0.0, 0.0, cost=0.3),
-    }  # fmt: skip
-    told = run.choose({"0": entry}, 0.1, {})["provenance"]["heads"][0]
+def test_the_least_error_wins_among_those_that_keep_to_the_cost() -> None:
+    cells = {"0": {"a_shape": cell(0.5, 0.1), "vertical_slash": cell(0.2, 0.3), "grid row": cell(0.0, 0.0, cost=0.3)}}
+    told = run.choose(cells, 2, 0.1, {})["provenance"]["heads"][0]
     assert [told[head]["family"] for head in (0, 1)] == ["vertical_slash", "a_shape"]
-    shared = entry | {"grid row @ 0.25": cell(0.5, 0.12, cost=0.025), "vertical_slash @ 2": cell(0.01, 0.0, cost=0.175)}
-    told = run.choose({"0": shared}, 0.1, {})["provenance"]["heads"][0]
-    assert told[0] == {"family": "vertical_slash", "error": 0.01, "recall": 0.9, "density": 0.175}
-    assert told[1] == {"family": "grid row", "error": 0.12, "recall": 0.9, "density": 0.025}
-    dear = {"0": {"a_shape @ 1": cell(0.5, 0.1, cost=0.4), "grid row @ 1": cell(0.7, 0.7, cost=0.3)}}
-    assert run.choose(dear, 0.1, {})["provenance"]["heads"][0][0]["family"] == "grid row"
-
-
-def test_options_that_one_sample_lacks_are_not_chosen() -> None:
-    entry = {"a_shape @ 1": cell(0.5, samples=2), "columns @ 4": cell(0.0)}
-    told = run.choose({"0": entry}, 0.1, {})["provenance"]["heads"][0][0]
-    assert told == {"family": "a_shape", "error": 0.5, "recall": 0.9, "density": 0.1}
-
-
-def test_options_of_a_family_differ_in_their_budgets() -> None:
-    few = head_pattern({"pattern": "grid", "stride": "row", "lines": 1, "local": 2})
-    assert list(options("grid row", 0.1, few)) == [f"grid row @ {n}" for n in ("1", "0.25", "2", "4")]
-    many = head_pattern(FAMILIES["2d vertical_slash"])
-    found = options("2d vertical_slash", 0.4, many)
-    assert found == {f"2d vertical_slash @ {n:g}": many.scaled(n) for n in (0.25, 0.5, 1, 2)}
-    assert {family_of(option) for option in found} == {"2d vertical_slash"}
-
-
-def test_samples_count_alike_however_large_their_values() -> None:
-    """Values of 100 times the size have squared errors of 10,000 times; relative to the output they are the same."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2560, n, 16, generator=generator) for n in (4, 2, 2))
-    layout = TokenLayout(items=(), length=2560)
-    both = [
-        run.layer_scores(q, k, factor * v, 0.25, layout, DENSITY, engine("reference"), ("a_shape",))[0]
-        for factor in (1.0, 100.0)
-    ]
-    for option in both[0]:
-        assert both[0][option][0][0] > 1e-3 and len(both[0][option]) == 4
-        torch.testing.assert_close(torch.tensor(both[0][option]), torch.tensor(both[1][option]), rtol=1e-4, atol=1e-6)
-    cost = {option: sum(cell[2] for cell in heads) / 4 for option, heads in both[0].items()}
-    assert cost["a_shape @ 0.25"] < cost["a_shape @ 1"] <= DENSITY < cost["a_shape @ 2"]
+    dear = {"0": {"a_shape": cell(0.5, 0.1, cost=0.4), "grid row": cell(0.0, 0.0, cost=0.3)}}
+    assert run.choose(dear, 2, 0.1, {})["provenance"]["heads"][0][0]["family"] == "grid row"
 
 
 def test_an_interrupted_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +114,6 @@ def test_an_interrupted_search_goes_on_where_it_was(folder: Path, monkeypatch: p
     assert not out.exists() and json.loads(begun.read_text())["done"] == [[0, 0]]
     with pytest.raises(ValueError, match="is of another search"):
         search(target=0.2)
-    held = begun.read_text()
-    begun.write_text(json.dumps({name: value for name, value in json.loads(held).items() if name != "form"}))
-    with pytest.raises(ValueError, match="another version of the search: needs to be deleted"):
-        search(target=DENSITY)
-    begun.write_text(held)
     search(target=DENSITY)
     assert len(calls) == 3 and out.exists() and not begun.exists()
 

@@ -1,8 +1,4 @@
-"""What the search chooses from: families of patterns, each with budgets for several costs.
-
-A cost is a share of dense attention's tiles, counted on the prompt itself. A family with some budgets is an option,
-named "family @ level": a level is a factor on the budgets at which all heads together keep to the target.
-"""
+"""What the search chooses from, each brought to the same cost: tiles computed, counted on the prompt itself."""
 
 from __future__ import annotations
 
@@ -36,7 +32,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "q grid frame": FRAME | {"boundary": "q"},
     "2d vertical_slash": SLASH | {"boundary": "2d"},
 }
-LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)  # what heads may have less or more of than the mean
 STEPS, REACH = 7, 6.0  # of bisection for a family's budgets, over a factor of 2^-6 to 2^6
 
 
@@ -55,25 +50,6 @@ def at_density(
         return density(make_plan(q, k, layout=layout, patterns=patterns, scale=scale, ops=ops))
 
     return base.scaled(largest_factor(of, target, STEPS, REACH))
-
-
-def options(family: str, target: float, at_target: HeadPattern) -> dict[str, HeadPattern]:
-    """A family's options by name, those of equal budgets once and without levels that would be dense.
-
-    Args:
-        at_target: the family's recipe at level 1, from `at_density`.
-    """
-    found = {f"{family} @ 1": at_target}
-    for level in LEVELS:
-        pattern = at_target.scaled(level)
-        if level * target < 1 and pattern not in found.values():
-            found[f"{family} @ {level:g}"] = pattern
-    return found
-
-
-def family_of(option: str) -> str:
-    """The family in an option's name."""
-    return option.rpartition(" @ ")[0]
 
 
 def largest_factor(density_of: Callable[[float], float], target: float, steps: int, reach: float) -> float:

@@ -1,8 +1,7 @@
-"""`mm-sglang search`: patterns and budgets that change a layer's attention output least, at one cost of the layer.
+"""`mm-sglang search`: for each head the pattern that changes attention's output least, all at one cost.
 
-MMInference's algorithm 4 with its faults mended: costs are tiles counted on the prompt itself, heads of a layer share
-what it may cost by what they make of it, the objective is the error of the attention output relative to its norm,
-several samples count alike, and an interrupted search goes on where it was.
+MMInference's algorithm 4 with its faults mended: candidates cost the same number of tiles on the prompt itself, the
+objective is the error of the attention output, several samples count, and an interrupted search goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,16 +22,14 @@ from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.model_hash import model_hash
-from mm_sglang.search.allocate import allocate
-from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head, family_of, options
+from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
 from mm_sglang.search.exact import Exact
 from mm_sglang.search.maps import layer_curve, layer_maps, write_maps
 from mm_sglang.settings_file import settings_of, write_settings, write_whole
 
 LEAST_TOKENS = 1024
-SLACK = 1.1  # where fixed parts leave no choice at the target: this much of what the cheapest options cost
-FORM = "relative error, recall, density of family @ level"  # of Scores' cells: what another version wrote is refused
+SLACK = 1.1  # a family may cost this much of the target
 EVERY = tuple(FAMILIES)
 Prompt = Callable[
     [], tuple[Mapping[str, torch.Tensor], TokenLayout]
@@ -41,17 +37,13 @@ Prompt = Callable[
 
 
 class Scores:
-    """Sums by layer, option and head, kept in a file beside the result so that a search can be taken up again."""
+    """Sums by layer, head and family, kept in a file beside the result so that a search can be taken up again."""
 
     def __init__(self, path: Path, what: dict[str, Any]) -> None:
         self.path = path
-        self.values: dict[str, Any] = {"form": FORM, "what": what, "done": [], "cells": {}}
+        self.values: dict[str, Any] = {"what": what, "done": [], "cells": {}}
         if path.exists():
             held = json.loads(path.read_text())
-            if held.get("form") != FORM:
-                raise ValueError(
-                    f"{path} was begun by another version of the search: needs to be deleted, to begin anew"
-                )
             if held["what"] != what:
                 raise ValueError(f"{path} is of another search ({held['what']}): finish that one, or delete the file")
             self.values = held
@@ -60,14 +52,14 @@ class Scores:
         return [sample, layer] in self.values["done"]
 
     def add(self, sample: int, layer: int, cells: dict[str, list[list[float]]], recipes: dict[str, Any]) -> None:
-        """cells: option -> [H] of (relative squared error, recall, density)."""
+        """cells: family -> [H] of (squared error, squared norm, recall, density)."""
         entry = self.values["cells"].setdefault(str(layer), {})
-        for option, heads in cells.items():
-            held = entry.setdefault(option, {"sums": [[0.0] * 3 for _ in heads], "recipes": [], "samples": 0})
+        for family, heads in cells.items():
+            held = entry.setdefault(family, {"sums": [[0.0] * 4 for _ in heads], "recipes": [], "samples": 0})
             held["sums"] = [
                 [a + b for a, b in zip(x, y, strict=True)] for x, y in zip(held["sums"], heads, strict=True)
             ]
-            held["recipes"].append(recipes[option])
+            held["recipes"].append(recipes[family])
             held["samples"] += 1
         self.values["done"].append([sample, layer])
         write_whole(self.path, json.dumps(self.values))
@@ -130,13 +122,12 @@ def search_prompts(
 
             held.run(inputs, look)
     told = {**what, "tokens": tokens, "model": Path(held.folder).name}
-    content = choose(scores.values["cells"], target, told)
+    content = choose(scores.values["cells"], held.heads, target, told)
     for path, some in (fewer or {}).items():
         own = {
-            layer: {option: entry[option] for option in entry if family_of(option) in some}
-            for layer, entry in scores.values["cells"].items()
+            layer: {f: entry[f] for f in families if f in some} for layer, entry in scores.values["cells"].items()
         }  # fmt: skip
-        write_settings(path, choose(own, target, {**told, "families": list(some)}))
+        write_settings(path, choose(own, held.heads, target, {**told, "families": list(some)}))
     write_settings(out, content)
     scores.path.unlink()
     _look_again(held, next(iter(prompts.values())), out, engine)
@@ -173,43 +164,45 @@ def layer_scores(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: TokenLayout, target: float, engine: Any,
     families: Sequence[str] = EVERY,
 ) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:  # fmt: skip
-    """Each family at several densities: options' (relative squared error, recall, density) by head, and recipes."""
+    """Each family at the target density: (squared error, squared norm, recall, density) by head, and its recipe."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     heads = q.shape[1]
     exact = Exact(q, k, v, scale, engine.ops())
-    norm = exact.norm().clamp(min=1e-30)
+    norm = exact.norm().tolist()
     cells: dict[str, list[list[float]]] = {}
     recipes: dict[str, Any] = {}
-    tries: dict[str, HeadPattern] = {}
     for family in families:
-        tries |= options(family, target, at_density(family, target, q, k, layout, scale, engine.ops()))
-    for option, pattern in tries.items():
+        pattern: HeadPattern = at_density(family, target, q, k, layout, scale, engine.ops())
         out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=[pattern] * heads, scale=scale, engine=engine)
-        cost = density_by_head(plan)
-        error, share = (exact.error(out) / norm).tolist(), exact.recall(lse).tolist()
-        cells[option] = [list(cell) for cell in zip(error, share, cost, strict=True)]
-        recipes[option] = pattern.to_dict()
+        error, share = exact.error(out).tolist(), exact.recall(lse).tolist()
+        cells[family] = [list(cell) for cell in zip(error, norm, share, density_by_head(plan), strict=True)]
+        recipes[family] = pattern.to_dict()
     return cells, recipes
 
 
-def choose(cells: dict[str, Any], target: float, provenance: dict[str, Any]) -> dict[str, Any]:
-    """The settings: in each layer the options of least squared error, summed over heads and samples, that keep to the
-    target (or SLACK) on average over heads and samples, with their budgets at the last sample.
-    """
+def affordable(entry: dict[str, Any], target: float) -> list[str]:
+    """Families of a layer that kept to the target on average; if their fixed parts let none, the cheapest one."""
+    cost = {f: sum(cell[3] for cell in held["sums"]) / len(held["sums"]) / held["samples"] for f, held in entry.items()}
+    kept = [f for f, value in cost.items() if value <= SLACK * target]
+    return kept or [min(cost, key=lambda f: cost[f])]
+
+
+def choose(cells: dict[str, Any], heads: int, target: float, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The settings: each head's family of least output error over all samples, with its budgets at the last one."""
     layers: dict[int, Any] = {}
     report: dict[int, Any] = {}
     for layer in sorted(cells, key=int):
-        samples = max(held["samples"] for held in cells[layer].values())
-        entry = {option: held for option, held in cells[layer].items() if held["samples"] == samples}
-        mean = np.array([held["sums"] for held in entry.values()]).transpose(1, 0, 2) / samples  # [H, options, 3]
-        chosen, told = {}, {}
-        budget = max(target, SLACK * float(mean[..., 2].min(1).mean()))
-        for head, number in enumerate(allocate(mean[..., 2], mean[..., 0], budget)):
-            option, (error, share, density) = list(entry)[number], mean[head, number].tolist()
-            chosen[head] = entry[option]["recipes"][-1]
+        entry, chosen, told = cells[layer], {}, {}
+        families = affordable(entry, target)
+        for head in range(heads):
+            sums = {f: entry[f]["sums"][head] for f in families}
+            error = {f: math.sqrt(sums[f][0] / max(sums[f][1], 1e-30)) for f in families}
+            best = min(error, key=lambda f: error[f])
+            held = entry[best]
+            chosen[head] = held["recipes"][-1]
+            share, density = (total / held["samples"] for total in held["sums"][head][2:])
             told[head] = {
-                "family": family_of(option), "error": round(math.sqrt(error), 4), "recall": round(share, 4),
-                "density": round(density, 4),
+                "family": best, "error": round(error[best], 4), "recall": round(share, 4), "density": round(density, 4)
             }  # fmt: skip
         layers[int(layer)] = {"heads": chosen}
         report[int(layer)] = told
