@@ -61,7 +61,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     tasks = sorted({row["task"] for row in rows}, key=TASKS.index)
     lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), squeeze=False)
+    across, down = min(3, len(tasks)), -(-len(tasks) // 3)
+    figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 4 * down), squeeze=False)
     for axis, task in zip(axes.flat, tasks, strict=False):
         found = {(row["depth"], row["length"]): row["exact"] for row in rows if row["task"] == task}
         table = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]

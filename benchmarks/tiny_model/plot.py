@@ -27,6 +27,7 @@ def plot(folder: Path) -> Path:
                 if value in entry and key in entry:
                     (points if entry.get("valid") else lines)[entry[key]].append((entry["seconds"] / 60, entry[value]))
             axis = axes[row, column]
+            axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # there are more lengths than in tab10
             for name in sorted(lines):
                 minutes, values = zip(*lines[name], strict=True)
                 (line,) = axis.plot(minutes, _smooth(values), label=str(name), linewidth=1)
