@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.grouping import groups_of, text_tail
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern
+from mm_sglang.kernels.patterns.dense import Dense
 from mm_sglang.kernels.plan import HeadGroup, Plan
 from mm_sglang.kernels.share import Share, Team
 
@@ -43,6 +45,8 @@ def _groups(
     q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, layout: TokenLayout, patterns: Sequence[HeadPattern],
     tail: int, scale: float, ops: Ops, team: Team | None,
 ) -> Iterator[HeadGroup]:  # fmt: skip
+    if classes.tail(layout, len(q), tail) == len(q):  # nothing but the question, as after a radix hit
+        patterns = [Dense()] * len(patterns)
     for pattern in dict.fromkeys(patterns):  # heads of equal recipes form groups, in order of first use
         yield from groups_of(q, k, slots, layout, patterns, pattern, scale, ops, team)
     last = text_tail(q, k, slots, layout, patterns, tail, scale, ops)

@@ -34,10 +34,11 @@ def register() -> None:
 
         return MMSparseBackend(runner)
 
-    from mm_sglang.compat import cp_body, qwen2_5_vl_frames, video_errors
+    from mm_sglang.compat import cp_body, qwen2_5_vl_frames, uint8_pixels, video_errors
 
     cp_body.install()
     qwen2_5_vl_frames.install()
+    uint8_pixels.install()
     video_errors.install()
     if os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM:
         from mm_sglang.compat import cpu_current_stream, cpu_last_loc, cpu_pin_memory, cpu_vision_segments

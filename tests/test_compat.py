@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from sglang.srt.managers.schedule_batch import MultimodalInputFormat
 from torch.nn.functional import scaled_dot_product_attention
 
 import mm_sglang.compat
@@ -19,8 +23,11 @@ from mm_sglang.compat import (
     cpu_vision_segments,
     qwen2_5_vl_frames,
     require_supported_sglang,
+    uint8_pixels,
     video_errors,
 )
+from mm_sglang.demo.tiny_model import ARCHITECTURES, make_tiny_model
+from mm_sglang.demo.video import scene_frames
 
 
 @pytest.fixture
@@ -34,9 +41,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_every_hook_has_a_target_of_the_shape_it_expects(registered: dict[str, Any]) -> None:
-    for module in (cp_body, cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, video_errors):
+    for module in (cp_body, cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, uint8_pixels, video_errors):
         module.install()
-    assert len(registered) == 6
+    assert len(registered) == 12
     for target, (hook, kind) in registered.items():
         original = list(inspect.signature(resolve_name(target)).parameters)
         ours = list(inspect.signature(hook).parameters)
@@ -164,3 +171,65 @@ def test_no_stream_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> No
     cpu_current_stream.install()
     stream: object = torch.cuda.current_stream()
     assert stream is None
+
+
+class Part:
+    """What of SGLang's processor and of an item the hooks touch."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def is_video(self) -> bool:
+        return self.video  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pixels_that_travelled_as_uint8_are_the_processors(architecture: str, tmp_path: Path) -> None:
+    """Bit for bit, for an image that is resized and a video, in fp32 and rounded to bf16."""
+    from transformers import AutoProcessor
+
+    folder = make_tiny_model(tmp_path / "model", architecture=architecture)
+    image = Image.fromarray(next(scene_frames(1, 1, 230, 170, seed=3)))
+    video = torch.stack([torch.from_numpy(f).permute(2, 0, 1) for f in scene_frames(6, 6, 224, 168, seed=4)])
+    plain, packed = AutoProcessor.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    sglangs = Part(mm_feature_transport="cpu")
+    server = Part(attention_backend="mm_sparse")
+    uint8_pixels._init(lambda *a, **k: None, sglangs, None, server, packed)
+    for kind, video_norm in (("pixel_values", False), ("pixel_values_videos", True)):
+        want, got = (
+            p.video_processor([video], return_tensors="pt")[kind] if video_norm else
+            p.image_processor([image], return_tensors="pt")[kind] for p in (plain, packed)
+        )  # fmt: skip
+        assert got.dtype == torch.uint8 and want.dtype == torch.float32 and got.shape == want.shape
+        item: Any = Part(feature=got, format=MultimodalInputFormat.NORMAL, model_specific_data={}, video=video_norm)
+
+        async def made(self: Any, item: Part = item) -> Part:
+            return Part(mm_items=[item])
+
+        asyncio.run(uint8_pixels._process(made, sglangs))
+        for dtype in (torch.float32, torch.bfloat16):
+            model = Part(visual=Part(dtype=dtype, device=torch.device("cpu")))
+            seen = uint8_pixels._feature(lambda self, items: items[0].feature, model, [item])
+            assert torch.equal(seen, want.to(dtype))
+        assert item.feature is got  # a later chunk encodes it again
+
+
+def test_pixels_stay_as_they_are_elsewhere() -> None:
+    """Another backend, features that stay on a GPU, an item made by the caller; and what is no uint8 is refused."""
+    norms = Part(mm_feature_transport="cpu", _mm_sglang_norms={"image": ([0.0], [1.0])})
+    for transport, backend in (("cpu", "fa3"), ("cuda_ipc", "mm_sparse")):
+        sglangs = Part(mm_feature_transport=transport)
+        uint8_pixels._init(lambda *a, **k: None, sglangs, None, Part(attention_backend=backend), None)
+        assert not hasattr(sglangs, "_mm_sglang_norms")
+    for form, fine in ((MultimodalInputFormat.PROCESSOR_OUTPUT, True), (MultimodalInputFormat.NORMAL, False)):
+        item = Part(feature=torch.ones(2, 3), format=form, model_specific_data={}, video=False)
+
+        async def made(self: Any, item: Part = item) -> Part:
+            return Part(mm_items=[item])
+
+        if fine:
+            asyncio.run(uint8_pixels._process(made, norms))
+            assert uint8_pixels._unpacked(item, None) is item and not item.model_specific_data
+        else:
+            with pytest.raises(ValueError, match="pixels of torch.float32: needs images and videos of uint8"):
+                asyncio.run(uint8_pixels._process(made, norms))

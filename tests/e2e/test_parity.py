@@ -120,6 +120,7 @@ def test_the_sparse_path_ran(running: Running) -> None:
     if running.case.settings is None:
         assert not running.trace.exists()
         return
+    assert "pixels travel as uint8" in running.server.log.read_text()
     size = int(running.case.flags[running.case.flags.index("--chunked-prefill-size") + 1])
     ranks = 2 if "--tp" in running.case.flags else 1
     kinds, heads = set(), set()
@@ -131,5 +132,5 @@ def test_the_sparse_path_ran(running: Running) -> None:
         heads |= {head for line in lines for group in line["groups"] for head in group["heads"]}
         dense_layers = running.case.settings.get("dense_layers", [])
         assert {line["layer"] for line in lines} == set(range(4)) - set(dense_layers)
-    assert kinds == {"dense", "a_shape", "vertical_slash", "grid"}
+    assert kinds == {"dense", "a_shape", "vertical_slash", "grid", "text_tail"}
     assert heads == set(range(8))

@@ -15,6 +15,7 @@ import torch
 from assets import Assets
 from hf_reference import HuggingFace
 
+from mm_sglang.config import TEXT_TAIL
 from mm_sglang.demo.client import ask
 from mm_sglang.demo.server import Server
 from mm_sglang.kernels.layout import TokenLayout
@@ -69,7 +70,7 @@ def test_output_is_the_softmax_over_the_brute_force_masks(architecture: str, ass
     assert layout.length == answer.prompt_tokens
     assert sum(line["queries"] for line in lines if line["layer"] == 1) == answer.prompt_tokens
     assert {group["pattern"]["pattern"] for line in lines for group in line["groups"]} == {
-        "dense", "a_shape", "vertical_slash", "grid",
+        "dense", "a_shape", "vertical_slash", "grid", "text_tail",
     }  # fmt: skip
     sparse = sum(g["tiles"] for line in lines for g in line["groups"] if g["pattern"]["pattern"] != "dense")
     assert sparse < sum(
@@ -102,8 +103,11 @@ def check_chunk(line: dict[str, Any], saved: dict[str, torch.Tensor], layout: To
         grids=[(item.frames, item.rows, item.cols) for item in layout.items if item.spans[0][0] < keys],
     )  # fmt: skip
     masks = brute_force.attended_by_head(list(HEADS.values()), prompt)
+    shown = max((end for i in line["items"] if i.spans[0][0] < keys for _, end in i.spans), default=0)
+    tail = max(0, min(TEXT_TAIL, len(q), keys - shown))
     for head in HEADS:
-        mask = torch.from_numpy(masks[head])
+        mask = torch.from_numpy(masks[head]).clone()
+        mask[len(q) - tail :] = torch.ones(tail, keys, dtype=torch.bool).tril(keys - tail)
         logits = (q[:, head] @ k[:, head // share].T * scale).masked_fill(~mask, float("-inf"))
         want = logits.softmax(-1) @ v[:, head // share]
         torchs = torch.nn.functional.scaled_dot_product_attention(

@@ -76,8 +76,11 @@ def test_the_texts_tail_attends_every_key(prefix: int, queries: int, tail: int, 
         patterns=patterns, scale=SCALE, engine=REFERENCE, tail=tail,
     )  # fmt: skip
     check(plan)
-    assert (plan.groups[-1].pattern.kind == "text_tail") is (own > 0) is (length > shown)
-    if own:
+    assert (own > 0) is (length > shown)
+    assert (plan.groups[-1].pattern.kind == "text_tail") is (0 < own < queries)
+    if own == queries:
+        assert [group.pattern.kind for group in plan.groups] == ["dense"]
+    elif own:
         dense = [head for head, pattern in enumerate(patterns) if pattern.kind == "dense"]
         assert sorted([*plan.groups[-1].members, *dense]) == list(range(len(patterns)))
     causal = torch.ones(queries, length, dtype=torch.bool).tril(prefix)
