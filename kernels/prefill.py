@@ -125,6 +125,7 @@ def sparse_prefill_varlen(
     scale: float,
     engine: Engine,
     slots: Sequence[torch.Tensor] | None = None,
+    tail: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Plan]]:
     """Chunks of several prompts of different lengths; each has a plan, and launches, of its own.
 
@@ -132,7 +133,7 @@ def sparse_prefill_varlen(
         q: [sum(queries), H, D], the chunks one after another.
         k, v: [sum of the layouts' lengths, Hkv, D], the prompts' keys one after another, or a paged pool with `slots`.
         queries: of each chunk; layouts: of each prompt up to its chunk's end; slots: of each prompt, or None.
-        patterns, scale, engine: as for `sparse_prefill`, for all prompts.
+        patterns, scale, engine, tail: as for `sparse_prefill`, for all prompts.
 
     Returns:
         out [sum(queries), H, D], lse [sum(queries), H] fp32, and each chunk's plan.
@@ -161,7 +162,7 @@ def sparse_prefill_varlen(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, results = out.split_with_sizes(list(queries)), []
     for call, part in zip(calls, parts, strict=True):
-        results.append(sparse_prefill(**call, scale=scale, engine=engine, out=part))
+        results.append(sparse_prefill(**call, scale=scale, engine=engine, out=part, tail=tail))
     return out, torch.cat([lse for _, lse, _ in results]), [plan for _, _, plan in results]
 
 
