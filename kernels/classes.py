@@ -68,7 +68,7 @@ def order(layout: TokenLayout, name: str, first: int, last: int) -> torch.Tensor
 
 def tail(layout: TokenLayout, queries: int, most: int) -> int:
     """How many of a chunk's last `most` queries are text after all that is shown; known to the host."""
-    shown = max((b for item in begun(layout) for _, b in item.spans), default=0)
+    shown = _once(layout, "shown", lambda: max((b for item in begun(layout) for _, b in item.spans), default=0))
     return max(0, min(most, queries, layout.length - shown))
 
 

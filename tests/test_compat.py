@@ -186,7 +186,7 @@ class Part:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pixels_that_travelled_as_uint8_are_the_processors(architecture: str, tmp_path: Path) -> None:
     """Bit for bit, for an image that is resized and a video, in fp32 and rounded to bf16."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     folder = make_tiny_model(tmp_path / "model", architecture=architecture)
     image = Image.fromarray(next(scene_frames(1, 1, 230, 170, seed=3)))
@@ -194,7 +194,7 @@ def test_pixels_that_travelled_as_uint8_are_the_processors(architecture: str, tm
     plain, packed = AutoProcessor.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     sglangs = Part(mm_feature_transport="cpu")
     server = Part(attention_backend="mm_sparse")
-    uint8_pixels._init(lambda *a, **k: None, sglangs, None, server, packed)
+    uint8_pixels._init(lambda *a, **k: None, sglangs, AutoConfig.from_pretrained(folder), server, packed)
     for kind, video_norm in (("pixel_values", False), ("pixel_values_videos", True)):
         want, got = (
             p.video_processor([video], return_tensors="pt")[kind] if video_norm else
@@ -215,11 +215,15 @@ def test_pixels_that_travelled_as_uint8_are_the_processors(architecture: str, tm
 
 
 def test_pixels_stay_as_they_are_elsewhere() -> None:
-    """Another backend, features that stay on a GPU, an item made by the caller; and what is no uint8 is refused."""
+    """Another model, another backend, features on a GPU, an item made by the caller; what is no uint8 is refused."""
     norms = Part(mm_feature_transport="cpu", _mm_sglang_norms={"image": ([0.0], [1.0])})
-    for transport, backend in (("cpu", "fa3"), ("cuda_ipc", "mm_sparse")):
+    qwen, other = "Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration"
+    for name, transport, backend in (
+        (qwen, "cpu", "fa3"), (qwen, "cuda_ipc", "mm_sparse"), (other, "cpu", "mm_sparse"),
+    ):  # fmt: skip
         sglangs = Part(mm_feature_transport=transport)
-        uint8_pixels._init(lambda *a, **k: None, sglangs, None, Part(attention_backend=backend), None)
+        config = Part(architectures=[name])
+        uint8_pixels._init(lambda *a, **k: None, sglangs, config, Part(attention_backend=backend), None)
         assert not hasattr(sglangs, "_mm_sglang_norms")
     for form, fine in ((MultimodalInputFormat.PROCESSOR_OUTPUT, True), (MultimodalInputFormat.NORMAL, False)):
         item = Part(feature=torch.ones(2, 3), format=form, model_specific_data={}, video=False)

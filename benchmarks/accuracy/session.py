@@ -25,7 +25,7 @@ from benchmarks.accuracy.methods import (
     rival,
     searched,
     tail_of,
-)  # fmt: skip
+)
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.student import Outcome, Prompt, Student
 from benchmarks.tiny_model.inputs import Encoder

@@ -2,7 +2,7 @@
 
 Why: Qwen-VL's processors hand out patches as normalised fp32, 18.8 GB for a video of a million tokens, and SGLang
     pickles them from its tokenizer process to the ranks. Decoded and resized frames are uint8 before that.
-How: AROUND `QwenVLImageProcessor.__init__` (servers with mm_sparse whose features travel over the CPU): the image and
+How: AROUND `QwenVLImageProcessor.__init__` (mm_sparse, the models below, features sent over the CPU): the image and
     the video processor neither rescale nor normalise, so that their patches stay uint8; AROUND
     `.process_mm_data_async`: items with uint8 patches say by what to normalise them. AROUND `get_image_feature` and
     `get_video_feature` of Qwen2.5-VL and Qwen3-VL: it is done there, on the tower's device, by the same fp32 operations
@@ -53,6 +53,8 @@ def _init(
     from transformers.image_processing_backends import TorchvisionBackend
 
     original(self, hf_config, server_args, _processor, *args, **kwargs)
+    if not {model.rpartition(".")[2] for model in MODELS} & set(hf_config.architectures or ()):
+        return  # SGLang's processor serves other models too, which nothing here would normalise for
     if server_args.attention_backend != "mm_sparse" or self.mm_feature_transport != "cpu":
         return
     parts = {"image": _processor.image_processor, "video": _processor.video_processor}
@@ -69,8 +71,10 @@ async def _process(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     from sglang.srt.managers.schedule_batch import MultimodalInputFormat
 
     made = await original(self, *args, **kwargs)
-    norms: dict[str, Any] = getattr(self, "_mm_sglang_norms", {})
-    for item in made.mm_items if norms and made is not None else ():
+    norms = getattr(self, "_mm_sglang_norms", None)
+    if norms is None or made is None:
+        return made
+    for item in made.mm_items:
         if item.format != MultimodalInputFormat.NORMAL:  # ready-made by the caller
             continue
         if item.feature.dtype != torch.uint8:
