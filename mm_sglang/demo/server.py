@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,13 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from mm_sglang.ports import leased_port
+
 START_TIMEOUT_S = 300.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:
@@ -34,7 +29,7 @@ class Server:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        self.port = free_port()
+        self.port, self._lease = leased_port()
         self.url = f"http://127.0.0.1:{self.port}"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
@@ -74,9 +69,9 @@ class Server:
         raise RuntimeError(f"the server did not answer within {START_TIMEOUT_S:.0f} s: {self.last_error()}")
 
     def last_error(self) -> str:
-        """The log's last line that names an error, else its last line."""
+        """The log's last line that names an error, Python's or uvicorn's, else its last line."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
-        return next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+        return next((line for line in reversed(lines) if "Error: " in line or "ERROR: " in line), lines[-1])
 
     def flush_cache(self) -> None:
         """Empty the radix cache, so that the next request prefills all of its tokens.
@@ -92,3 +87,4 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._lease.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
@@ -14,9 +13,9 @@ from mm_sglang.jobs.gang import Gang
 from mm_sglang.parallel.beat import start_beat
 from mm_sglang.parallel.placement import cluster_gpus
 from mm_sglang.parallel.wire import Peer
+from mm_sglang.ports import leased_port
 
 START_ERRORS = (ValueError, SystemExit)  # of settings: the next start would end the same way
-LEASE = "\0mm_sglang-port-{}"  # an abstract socket: one process of the host holds a name, and its death gives it back
 
 
 class Leader:
@@ -84,16 +83,3 @@ class Leader:
 
     def _decoded(self, rid: str, there: int, wanted: int) -> None:
         self.peer.send("decoded", rids=[rid], there=there, wanted=wanted)
-
-
-def leased_port() -> tuple[int, socket.socket]:
-    """A free port that no other replica on this host gets, and what holds it. SGLang's rank 0 binds it later."""
-    from sglang.srt.utils.network import get_free_port_below_ephemeral
-
-    while True:
-        port, lease = int(get_free_port_below_ephemeral()), socket.socket(socket.AF_UNIX)
-        try:
-            lease.bind(LEASE.format(port))
-            return port, lease
-        except OSError:
-            lease.close()

@@ -15,9 +15,9 @@ import psutil
 import pytest
 from assets import Assets
 
-from mm_sglang.demo.server import free_port
 from mm_sglang.jobs.service import ServiceOptions, require_serve, start_service
 from mm_sglang.parallel.placement import connect
+from mm_sglang.ports import leased_port
 
 pytestmark = pytest.mark.e2e
 ASK_S = 240.0
@@ -47,7 +47,7 @@ def test_a_service_whose_rank_is_killed(assets: Assets) -> None:
     options = ServiceOptions(
         model=str(assets.models["qwen2_5_vl"]), extra=("--max-total-tokens", "4096", "--chunked-prefill-size", "64")
     )
-    port, video = free_port(), str(assets.folder / "wide.mp4")
+    (port, _lease), video = leased_port(), str(assets.folder / "wide.mp4")
     connect("local", gpus=1)
     try:
         start_service(options, port=port)

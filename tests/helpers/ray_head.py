@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from mm_sglang.demo.server import free_port
+from mm_sglang.ports import leased_port
 
 JOB_SERVER = importlib.util.find_spec("aiohttp_cors") is not None  # one of what ray[default] adds to ray
 UP_S = 120.0
@@ -32,12 +32,12 @@ class Head:
 @contextmanager
 def ray_head(log: Path, *, gpus: int) -> Iterator[Head]:
     """`ray start --head`, with a job server if what it needs is installed; all of it ends with the block."""
-    port, server = free_port(), free_port()
+    (port, server, agent), _leases = zip(*(leased_port() for _ in range(3)), strict=True)
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--num-gpus={gpus}", "--num-cpus=2",
         f"--include-dashboard={JOB_SERVER}", f"--dashboard-port={server}",
-        f"--dashboard-agent-listen-port={free_port()}",
+        f"--dashboard-agent-listen-port={agent}",
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)

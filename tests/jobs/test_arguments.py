@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.processes import MARK, left_behind, new_mark
-from mm_sglang.demo.server import free_port
 from mm_sglang.jobs.results import Results
+from mm_sglang.ports import leased_port
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_bad_input(folder: Path, videos: list[str], options: list[str], message: str) -> None:
     mark = new_mark()
-    options = [option.replace("PORT", f"127.0.0.1:{free_port()}") for option in options]
+    port, _lease = leased_port()
+    options = [option.replace("PORT", f"127.0.0.1:{port}") for option in options]
     if "--out" not in options:
         options += ["--out", "out.jsonl"]
     result = subprocess.run(
