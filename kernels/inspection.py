@@ -45,12 +45,17 @@ def density(plan: Plan) -> float:
     return sum(tiles_by_head(plan)) / (plan.causal_tiles * plan.heads)
 
 
-def recall(lse: torch.Tensor, dense_lse: torch.Tensor) -> torch.Tensor:
-    """fp32 [H]: mean share of the dense softmax that was attended, from the log-sum-exps [H, L] of the same queries.
+def attended_shares(lse: torch.Tensor, dense_lse: torch.Tensor) -> torch.Tensor:
+    """fp32 [H, L]: share of the dense softmax that was attended, from the log-sum-exps [H, L] of the same queries.
 
     A pooled residual can exceed the keys that it stands for, hence the bound.
     """
-    return (lse - dense_lse).exp().clamp(max=1.0).mean(1)
+    return (lse - dense_lse).exp().clamp(max=1.0)
+
+
+def recall(lse: torch.Tensor, dense_lse: torch.Tensor) -> torch.Tensor:
+    """fp32 [H]: mean of `attended_shares`."""
+    return attended_shares(lse, dense_lse).mean(1)
 
 
 def by_pattern(plan: Plan) -> list[tuple[HeadPattern, list[int], int, int]]:

@@ -82,7 +82,8 @@ def sparse_prefill(
         tail: so many of the chunk's last queries at most, if they are text after all that is shown, attend every key.
             A question comes last and looks anything up; TriangleMix (arXiv 2507.21526) keeps the last rows of all
             layers dense for the same reason.
-        share: this rank's share of the plan; rows of out and lse that it neither ran nor got are undefined then.
+        share: this rank's share of the plan; rows of out that it neither ran nor got are undefined then, and lse is
+            NaN where it did not run.
 
     Returns:
         out, lse [Nq, H] fp32 (natural logarithm), and the whole plan.
@@ -100,6 +101,8 @@ def sparse_prefill(
             f"on {q.device}"
         )
     lse = torch.empty(q.shape[1], len(q), device=q.device)
+    if share is not None:
+        lse.fill_(torch.nan)
     groups, team = [], None if share is None else share.team
     for group in _groups(q, k, slots, layout, patterns, tail, scale, engine.ops(), team):
         part = group if share is None else share.begin(group)

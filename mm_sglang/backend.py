@@ -73,9 +73,13 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         mine = local_heads(heads, rank, size)
         rank = get_parallel().tp_rank
         recipes = [self.config.patterns(layer, heads) for layer in range(layers)]
-        metrics = Metrics(on=bool(get_observability().enable_metrics) and rank == 0)
+        metered = bool(get_observability().enable_metrics)
+        metrics = Metrics(on=metered and rank == 0)
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
-        self.watch = Watch(self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda")
+        self.watch = Watch(
+            self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda", metered=metered,
+            team=self.ranks,
+        )  # fmt: skip
         self.auto = AutoHeads(self.engine, metrics)
         if self.ranks is not None:
             self.auto.agree = self.ranks.agree

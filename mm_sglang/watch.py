@@ -2,7 +2,8 @@
 
 Recall of a query is exp(its sparse log-sum-exp - its dense one): exactly the share of the dense softmax that was
 attended. The dense one is computed for a few rows of a chunk; what the device counts is read once it has arrived,
-chunks later, so the guard acts on a head's next chunks and not on the one that it judged.
+chunks later, so the guard acts on a head's next chunks and not on the one that it judged. Context-parallel ranks each
+know the recall of the rows that they ran, put it together, and have to act on it in the same batch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 
 from mm_sglang.config import Guard, SparseConfig
 from mm_sglang.kernels.engines import Engine
-from mm_sglang.kernels.inspection import recall, tile_counts_on_device
+from mm_sglang.kernels.inspection import attended_shares, tile_counts_on_device
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import Dense, HeadPattern
 from mm_sglang.kernels.plan import Plan, device_ints
+from mm_sglang.kernels.share import Team
 from mm_sglang.kernels.stages import StageTimer
 from mm_sglang.metrics import Metrics
 
@@ -27,27 +29,42 @@ Recipes = tuple[HeadPattern, ...]
 
 
 class Later:
-    """Device numbers on their way to the host, each with what to do when it is there."""
+    """Device numbers on their way to the host, each with what to do when it is there.
 
-    def __init__(self) -> None:
-        self.waiting: list[tuple[torch.Tensor, torch.cuda.Event | None, Callable[[torch.Tensor], None]]] = []
+    together: use them two batches on instead of when they arrive, which differs from rank to rank. SGLang has read a
+        batch's tokens before it starts the next but one, so the device is done with them and nothing waits.
+    """
+
+    def __init__(self, together: bool) -> None:
+        self.together, self.batch = together, 0
+        self.waiting: list[tuple[int, torch.Tensor, torch.cuda.Event | None, Callable[[torch.Tensor], None]]] = []
 
     def put(self, values: torch.Tensor, use: Callable[[torch.Tensor], None]) -> None:
         """Start the copy; `use` gets a CPU tensor at a later `poll`."""
         if values.device.type == "cpu":
-            self.waiting.append((values, None, use))
+            self.waiting.append((self.batch, values, None, use))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        self.waiting.append((host, event, use))
+        self.waiting.append((self.batch, host, event, use))
 
     def poll(self) -> None:
-        """Use what has arrived, in order."""
-        while self.waiting and (self.waiting[0][1] is None or self.waiting[0][1].query()):  # type: ignore[no-untyped-call]
-            host, _, use = self.waiting.pop(0)
+        """A batch begins: use what is due, in order."""
+        self.batch += 1
+        while self.waiting and self._due(*self.waiting[0][::2]):
+            _, host, _, use = self.waiting.pop(0)
             use(host)
+
+    def _due(self, batch: int, event: torch.cuda.Event | None) -> bool:
+        if not self.together:
+            return event is None or bool(event.query())  # type: ignore[no-untyped-call]
+        if batch > self.batch - 2:
+            return False
+        if event is not None:
+            event.synchronize()
+        return True
 
 
 class GuardedRecipes:
@@ -98,14 +115,20 @@ class Done:
 
 
 class Watch:
-    """What the backend calls; everything is off unless settings or --enable-metrics ask for it."""
+    """What the backend calls; everything is off unless settings or --enable-metrics ask for it.
+
+    metered: the server has --enable-metrics; `metrics` are on in one of its ranks only.
+    team: ranks that run one chunk together, each some of its rows.
+    """
 
     def __init__(
-        self, config: SparseConfig, recipes: Sequence[Recipes | None], engine: Engine, metrics: Metrics, cuda: bool
-    ) -> None:
+        self, config: SparseConfig, recipes: Sequence[Recipes | None], engine: Engine, metrics: Metrics, *, cuda: bool,
+        metered: bool, team: Team | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.engine, self.metrics, self.cuda = config, engine, metrics, cuda
+        self.metered, self.team = metered, team
         self.recipes = GuardedRecipes(recipes, config.guard, metrics)
-        self.later = Later()
+        self.later = Later(together=team is not None)
         self.chunks = 0
         self.timed: list[StageTimer] = []
         self._layers = [layer for layer, r in enumerate(recipes) if r is not None]
@@ -121,25 +144,25 @@ class Watch:
             self.metrics.sparse_chunk(tokens)
         self.chunks += bool(sparse)
 
-    def layer_is_sampled(self, layer: int) -> bool:
-        """One layer a batch, in turn, pays for the metrics of all."""
-        return self.metrics.on and layer == self._layers[self.chunks % len(self._layers)]
+    def _in_turn(self, layer: int) -> bool:
+        """One layer a batch pays for the metrics of all."""
+        return layer == self._layers[self.chunks % len(self._layers)]
 
     def timer(self, layer: int) -> StageTimer | None:
         """A StageTimer for this layer's chunk, if its stages are to be measured."""
-        if not (self.cuda and self.layer_is_sampled(layer)):
+        if not (self.cuda and self.metrics.on and self._in_turn(layer)):
             return None
         self.timed.append(StageTimer())
         return self.timed[-1]
 
     def after(self, done: Done) -> None:
         """Look at what a layer did."""
-        sampled = self.layer_is_sampled(done.layer)
-        if sampled:
+        in_turn = self._in_turn(done.layer)
+        if self.metrics.on and in_turn:
             causal = done.plan.causal_tiles * done.plan.heads
             self.later.put(tile_counts_on_device(done.plan), lambda n: self.metrics.tiles(int(n), causal))
         probe, guard = self.config.probe, self.config.guard
-        probed = probe is not None and self.chunks % probe.every == 0 and (sampled or not self.metrics.on)
+        probed = probe is not None and self.chunks % probe.every == 0 and (in_turn or not self.metered)
         guarded = guard is not None and self.chunks % guard.every == 0
         if not (probed or guarded):
             return
@@ -152,11 +175,14 @@ class Watch:
             if guarded:
                 self.recipes.judge(layer, by_head)
 
-        self.later.put(recall_by_head(done, rows, self.engine), use)
+        self.later.put(recall_by_head(done, rows, self.engine, self.team), use)
 
 
-def recall_by_head(done: Done, rows: int, engine: Engine) -> torch.Tensor:
-    """fp32 [H] on the device: mean recall of `rows` queries spread over the chunk's second half."""
+def recall_by_head(done: Done, rows: int, engine: Engine, team: Team | None = None) -> torch.Tensor:
+    """fp32 [H] on the device: mean recall of `rows` queries spread over the chunk's second half.
+
+    A team's ranks, whose lse is NaN where they did not run, all get the same bits.
+    """
     queries = len(done.q)
     first = queries // 2
     count = min(rows, queries - first)
@@ -164,4 +190,7 @@ def recall_by_head(done: Done, rows: int, engine: Engine) -> torch.Tensor:
     at = device_ints(picked, done.q.device)
     prefix = done.layout.length - queries
     dense = engine.ops().row_lse(done.q, done.pool, done.slots, at, prefix, done.scale)
-    return recall(done.lse[at.long()].T, dense)
+    shares = attended_shares(done.lse[at.long()].T, dense)  # [H, L]
+    if team is not None:  # each row was run by one of them, or alike by several, or last with every key
+        shares = team.gather(shares.nan_to_num(0.0))().view(team.size, *shares.shape).amax(0)
+    return shares.mean(1)

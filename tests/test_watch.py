@@ -14,7 +14,7 @@ from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import AShape, Dense, head_pattern
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.metrics import Metrics
-from mm_sglang.watch import Done, GuardedRecipes, Watch, recall_by_head
+from mm_sglang.watch import Done, GuardedRecipes, Later, Watch, recall_by_head
 
 REFERENCE = engine("reference")
 QUIET = Metrics(on=False)
@@ -88,7 +88,7 @@ def test_without_a_guard_nothing_changes() -> None:
 def test_a_batch_is_counted_and_one_layer_sampled_in_turn() -> None:
     heard, recipes = Heard(), (AShape(sink=8, local=64), Dense())
     config = SparseConfig(default=recipes[0], probe=Probe(every=2, rows=4), guard=Guard(coverage=0.999, grow=1))
-    watch = Watch(config, [recipes, None, recipes], REFERENCE, heard, cuda=False)
+    watch = Watch(config, [recipes, None, recipes], REFERENCE, heard, cuda=False, metered=True)
     for _ in range(1, 5):
         watch.begin([("too short", 7)], [300])
         for layer in (0, 2):
@@ -100,6 +100,36 @@ def test_a_batch_is_counted_and_one_layer_sampled_in_turn() -> None:
     assert [call[1] for call in heard.calls if call[0] == "guarded"] == ["grown", "grown", "dense", "dense"]
     assert all(call[1] <= call[2] for call in heard.calls if call[0] == "tiles")
     assert watch.recipes.now[0] == (Dense(), Dense())
+
+
+def test_ranks_that_act_together_use_what_was_counted_two_batches_on() -> None:
+    used: list[int] = []
+    later = Later(together=True)
+    for batch in range(4):
+        later.poll()
+        later.put(torch.tensor(batch), lambda n: used.append(int(n)))
+        assert used == list(range(batch - 1))
+    at_once = Later(together=False)
+    at_once.put(torch.tensor(7), lambda n: used.append(int(n)))
+    at_once.poll()
+    assert used == [0, 1, 7]
+
+
+def test_ranks_without_metrics_of_their_own_probe_as_the_one_that_has_them() -> None:
+    """All have to gather, or none."""
+    probed = []
+    for heard, metered in ((Heard(), True), (QUIET, True), (QUIET, False)):
+        recipes = (AShape(sink=8, local=64), Dense())
+        config = SparseConfig(default=recipes[0], probe=Probe(every=1, rows=4))
+        watch = Watch(config, [recipes, recipes], REFERENCE, heard, cuda=False, metered=metered)
+        seen: list[int] = []
+        watch.later.put = lambda values, use, seen=seen: seen.append(len(values)) if values.ndim else None  # type: ignore[method-assign,misc]
+        for _ in range(2):
+            watch.begin([], [300])
+            for layer in (0, 1):
+                watch.after(done(500, 300, recipes, layer)[0])
+        probed.append(len(seen))
+    assert probed == [2, 2, 4]
 
 
 @pytest.mark.parametrize(

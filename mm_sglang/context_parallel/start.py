@@ -36,7 +36,6 @@ def start_ranks(runner: ModelRunner, config: SparseConfig) -> Ranks | None:
         (not get_mm().mm_enable_dp_encoder, "no --mm-enable-dp-encoder", "it, for the vision tower's frames"),
         (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}", "1"),
         (get_schedule().enable_mixed_chunk, "--enable-mixed-chunk", "none: a decode step has no rows to spread"),
-        (config.probe or config.guard, "probe or guard", "neither: a rank has its own queries only"),
         (config.trace and config.trace.tensors, "trace: tensors", "none: a rank has its own queries only"),
     ):
         if unfit:

@@ -22,6 +22,7 @@ from mm_sglang.kernels.patterns import HeadPattern, head_pattern
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import sparse_prefill
 from mm_sglang.parallel.sharding import KINDS, Sharding
+from mm_sglang.watch import Done, recall_by_head
 
 REFERENCE = engine("reference")
 HEAD_DIM, SCALE, KV_HEADS, TAIL = 16, 0.7, 2, 150
@@ -38,6 +39,7 @@ class Table:
     parts: dict[int, torch.Tensor] = field(default_factory=dict)
     rows_moved: int = 0
     plans: list[Tiles] = field(default_factory=list)  # of each rank
+    recalls: list[torch.Tensor] = field(default_factory=list)  # of each rank and chunk, if asked for
 
     def __post_init__(self) -> None:
         self.barrier = Barrier(self.size, timeout=60)
@@ -87,6 +89,10 @@ def prompts(shapes: list[tuple[int, int]], patterns: list[HeadPattern]) -> tuple
     return made, torch.cat(new)
 
 
+def done(p: Prompt, q: torch.Tensor, lse: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, plan: Plan) -> Done:
+    return Done(layer=0, q=q, lse=lse, pool=pool, slots=slots, layout=p.chunk.layout, plan=plan, scale=SCALE)
+
+
 def alone(batch: list[Prompt]) -> tuple[torch.Tensor, Tiles]:
     results = [
         sparse_prefill(
@@ -102,7 +108,7 @@ def tiles(plan: Plan) -> tuple[list[int], int]:
 
 
 def together(
-    batch: list[Prompt], new: torch.Tensor, size: int, kind: str, tail: int = TAIL
+    batch: list[Prompt], new: torch.Tensor, size: int, kind: str, tail: int = TAIL, rows_recalled: int = 0
 ) -> tuple[torch.Tensor, Table]:
     """The rows of all ranks put together; each rank has a pool of its own, with the prefixes only."""
     sharding = Sharding(lengths=tuple(len(p.q) for p in batch), size=size, kind=kind)
@@ -131,11 +137,14 @@ def together(
         for number, p in enumerate(batch):
             rows = slice(p.chunk.start, p.chunk.end)
             share = ChunkShare(batch=shared, chunk=number, start=p.chunk.start, out=out, values=finish_values)
-            _, _, plan = sparse_prefill(
+            _, lse, plan = sparse_prefill(
                 queries[rows], keys, values, slots=p.chunk.slots, layout=p.chunk.layout, patterns=p.patterns,
                 scale=SCALE, engine=REFERENCE, out=out[rows], share=share, tail=tail,
             )  # fmt: skip
             planned.append(tiles(plan))
+            if rows_recalled:
+                made = done(p, queries[rows], lse, keys, p.chunk.slots, plan)
+                table.recalls.append(recall_by_head(made, rows_recalled, REFERENCE, ranks))
         return shared.local(out)[: len(own)], planned
 
     def run_or_free_the_others(rank: int) -> tuple[torch.Tensor, Tiles]:
@@ -167,6 +176,26 @@ def test_bits_do_not_depend_on_the_number_of_ranks(name: str, size: int, kind: s
     want, plans = alone(batch)
     assert torch.equal(got, want)
     assert table.plans == [plans] * size  # so metrics and traces are those of one rank too
+
+
+@pytest.mark.parametrize("size, kind", [(2, "stripe"), (4, "zigzag")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "dense"])
+def test_recall_is_that_of_one_rank(name: str, size: int, kind: str) -> None:
+    """Some rows belong to a group whose tiles go round the ranks, some to the text's tail, some to their owners."""
+    residual = {"residual": name in ("block_topk", "q_grid")}
+    patterns = [*[head_pattern(RECIPES[name] | residual)] * 4, head_pattern(RECIPES["dense"]), recipes("a_shape")[0]]
+    batch, new = prompts([(200, 411)], patterns)
+    (p,) = batch
+    _, lse, plan = sparse_prefill(
+        p.q, p.k, p.v, layout=p.chunk.layout, patterns=p.patterns, scale=SCALE, engine=REFERENCE, tail=TAIL
+    )
+    want = recall_by_head(done(p, p.q, lse, p.k, torch.arange(len(p.k), dtype=torch.int32), plan), 37, REFERENCE)
+    _, table = together(batch, new, size, kind, rows_recalled=37)
+    assert 0 < float(want.min()) < 0.97 and float(want[4]) == pytest.approx(1.0)
+    assert len(table.recalls) == size
+    for got in table.recalls:
+        assert torch.equal(got, table.recalls[0])  # or ranks would disagree about what the guard does
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
