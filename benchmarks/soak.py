@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak --faults 100 --minutes 60 --out soak.json     again, until all have happened
 
-On Ray's simulated cluster on this machine, two hosts of two logical GPUs, tiny model, CPU: one replica of two ranks. A
-fault hits a random process of the gang, or its host, at a random moment of a prefill. The file is written after every
-fault, and a later run goes on from it. Ends with an error if one of the promises does not hold.
+On Ray's simulated cluster on this machine, two hosts of two logical GPUs, tiny model, CPU: one replica of two
+context-parallel ranks. A fault hits a random process of the gang, or its host, at a random moment of a prefill. The
+file is written after every fault, and a later run goes on from it. Ends with an error if a promise does not hold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mm_sglang.parallel.placement import connect
 # "node" loses the gang's host while another one is free, "nodes" every host: one joins once the job says it waits.
 FAULTS = ("kill", "stop", "abort", "node", "nodes")
 PAGES_S = 10.0  # an abort has given everything back by then
-FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "64", "--disable-radix-cache")
+FLAGS = ("--max-total-tokens", "8192", "--chunked-prefill-size", "304", "--disable-radix-cache")  # spread over both
 MOMENT_S = 4.0  # a fault comes within this after a prefill was seen
 AHEAD = 4  # inputs that wait, as long as faults are to come
 
@@ -193,7 +193,7 @@ def soak(
     keeper, began = keeper or Keeper(None, 0), time.monotonic()
     done, before = keeper.done, len(keeper.done)
     model = make_tiny_model(folder / "model")
-    video = render_video(folder / "video.mp4", seconds=8.0, width=224, height=168).path
+    video = render_video(folder / "video.mp4", seconds=24.0, width=224, height=168).path
     options = JobOptions(
         videos=(video,), question="what?", model=str(model), out=folder / "out.jsonl", gpus=2, extra=FLAGS, max_tokens=8
     )

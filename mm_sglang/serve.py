@@ -17,6 +17,7 @@ from mm_sglang.cpu.activate import NAME as CPU_PLATFORM
 from mm_sglang.layout import require_known_architecture
 from mm_sglang.long_video import long_video, require_room
 from mm_sglang.model_hash import require_same_model
+from mm_sglang.parallel.heads import local_heads
 from mm_sglang.plugin import BACKEND
 
 OVERRIDES = "--json-model-override-args"
@@ -82,10 +83,12 @@ def server_command(
     ranks, spread = _ranks(extra), _whole(extra, CONTEXT_PARALLEL)
     if spread > 1 and ranks != spread:
         raise ValueError(f"--attn-cp-size {spread} of --tp-size {ranks}: needs the same size, which counts all ranks")
+    if spread == 1 and model_config is not None:
+        local_heads(_text_config(model_config)["num_attention_heads"], 0, ranks)
     if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
         environment["SGLANG_PLATFORM"] = CPU_PLATFORM
         if spread > 1 and model_config is not None:
-            _check_heads(model_config, spread)
+            _check_kv_heads(model_config, spread)
         if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
@@ -93,7 +96,7 @@ def server_command(
         lifted = long_video(model, max_video_tokens, ranks=ranks // spread, spread=spread)
         if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
             require_room(lifted.needs, torch.cuda.mem_get_info()[0])
-        print(f"mm-sglang serve: {lifted.needs}", flush=True)
+        print(f"mm-sglang: {lifted.needs}", flush=True)
         flags |= lifted.flags
         environment |= {name: value for name, value in lifted.environment.items() if name not in os.environ}
     added = [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
@@ -138,11 +141,11 @@ def _check_model(model: str, values: Mapping[str, Any], settings: SparseConfig) 
     require_same_model(settings, model)
 
 
-def _check_heads(values: Mapping[str, Any], size: int) -> None:
+def _check_kv_heads(values: Mapping[str, Any], size: int) -> None:
     """On a CPU SGLang pads KV heads that --tp-size doesn't divide; weights of whole heads don't fit those."""
     heads = _text_config(values)["num_key_value_heads"]
     if heads % size:
-        raise ValueError(f"--context-parallel {size} on a CPU: needs a divisor of the model's {heads} KV heads")
+        raise ValueError(f"context parallelism over {size} CPU ranks: needs a divisor of the model's {heads} KV heads")
 
 
 def thread_binding(ranks: int, cores: int) -> str:

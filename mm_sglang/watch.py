@@ -1,9 +1,9 @@
 """Watching a server's sparse prefills: metrics, a recall probe, and the guard that gives poor heads more. No waiting.
 
 Recall of a query is exp(its sparse log-sum-exp - its dense one): exactly the share of the dense softmax that was
-attended. The dense one is computed for a few rows of a chunk; what the device counts is read once it has arrived,
-chunks later, so the guard acts on a head's next chunks and not on the one that it judged. Context-parallel ranks each
-know the recall of the rows that they ran, put it together, and have to act on it in the same batch.
+attended. The dense one is computed for a few rows of a chunk; what the device counts is read two batches later, so the
+guard acts on a head's next chunks and not on the one that it judged. Context-parallel ranks each know the recall of the
+rows that they ran and put it together.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Recipes = tuple[HeadPattern, ...]
 
 
 class Later:
-    """Device numbers on their way to the host, each with what to do when it is there.
+    """Device numbers on their way to the host, each with what to do two batches on.
 
-    together: use them two batches on instead of when they arrive, which differs from rank to rank. SGLang has read a
-        batch's tokens before it starts the next but one, so the device is done with them and nothing waits.
+    Not as soon as they are there: what the guard does would depend on the clock, and differ from rank to rank. SGLang
+    has read a batch's tokens before it starts the next but one, so the device is done with them and nothing waits.
     """
 
-    def __init__(self, together: bool) -> None:
-        self.together, self.batch = together, 0
+    def __init__(self) -> None:
+        self.batch = 0
         self.waiting: list[tuple[int, torch.Tensor, torch.cuda.Event | None, Callable[[torch.Tensor], None]]] = []
 
     def put(self, values: torch.Tensor, use: Callable[[torch.Tensor], None]) -> None:
@@ -51,20 +51,13 @@ class Later:
         self.waiting.append((self.batch, host, event, use))
 
     def poll(self) -> None:
-        """A batch begins: use what is due, in order."""
+        """A batch begins: use what was put two batches ago or earlier, in order."""
         self.batch += 1
-        while self.waiting and self._due(*self.waiting[0][::2]):
-            _, host, _, use = self.waiting.pop(0)
+        while self.waiting and self.waiting[0][0] <= self.batch - 2:
+            _, host, event, use = self.waiting.pop(0)
+            if event is not None:
+                event.synchronize()
             use(host)
-
-    def _due(self, batch: int, event: torch.cuda.Event | None) -> bool:
-        if not self.together:
-            return event is None or bool(event.query())  # type: ignore[no-untyped-call]
-        if batch > self.batch - 2:
-            return False
-        if event is not None:
-            event.synchronize()
-        return True
 
 
 class GuardedRecipes:
@@ -128,7 +121,7 @@ class Watch:
         self.config, self.engine, self.metrics, self.cuda = config, engine, metrics, cuda
         self.metered, self.team = metered, team
         self.recipes = GuardedRecipes(recipes, config.guard, metrics)
-        self.later = Later(together=team is not None)
+        self.later = Later()
         self.chunks = 0
         self.timed: list[StageTimer] = []
         self._layers = [layer for layer, r in enumerate(recipes) if r is not None]

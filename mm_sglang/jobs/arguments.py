@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_sglang.jobs.gang import CONTEXT, SPLITS
+
 
 def add_job_run(commands: Any) -> None:
     """Add it to a parser's sub-commands."""
@@ -23,11 +25,17 @@ def add_job_run(commands: Any) -> None:
     run.add_argument("--out", type=Path, default=Path("results.jsonl"), help="one line a video (default: %(default)s)")
     run.add_argument("--schema", type=Path, metavar="FILE.json", help="JSON schema that every answer has to fit")
     run.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of a replica (default: %(default)s)")
+    run.add_argument(
+        "--split", choices=SPLITS, default=CONTEXT,
+        help="what those share out: a prefill's tokens, with all weights on each, or the weights of a model too large "
+        "for one (default: %(default)s)",
+    )  # fmt: skip
     run.add_argument("--replicas", type=int, default=1, metavar="K", help="how many of them (default: %(default)s)")
     run.add_argument(
         "--address", metavar="HOST:PORT", help="of a Ray cluster (default: RAY_ADDRESS, else this machine alone)"
     )
     run.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: %(default)s)")
+    run.add_argument("--max-video-tokens", type=int, metavar="N", help="make room for videos of N tokens")
     run.add_argument("--sparse-config", metavar="FILE", help="YAML file of head patterns")
 
 
@@ -37,7 +45,8 @@ def job_run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     return run_job(
         JobOptions(
             videos=tuple(options.videos), question=options.question, model=options.model, out=options.out,
-            schema=options.schema, gpus=options.gpus, replicas=options.replicas, address=options.address,
-            config=options.sparse_config, extra=tuple(extra), max_tokens=options.max_tokens,
+            schema=options.schema, gpus=options.gpus, split=options.split, replicas=options.replicas,
+            address=options.address, config=options.sparse_config, extra=tuple(extra), max_tokens=options.max_tokens,
+            max_video_tokens=options.max_video_tokens,
         )
     )  # fmt: skip

@@ -46,7 +46,7 @@ class GangDriver:
         """Args:
         at_once: requests that the gang works on; more of them wait here.
         replicas: how many gangs share the cluster's CPUs.
-        settings: `model`, `gpus`, `config` and `extra` of a Gang.
+        settings: `model`, `config`, `extra`, `gpus`, `split` and `max_video_tokens` of a Gang.
         """
         self.at_once = at_once
         self.hub = Hub(host_for_messages())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+CONTEXT, TENSOR = "context", "tensor"
+SPLITS = (CONTEXT, TENSOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,8 +14,9 @@ class Gang:
     """One start of one replica.
 
     Args:
-        model, config, extra: as for `mm-sglang serve`.
+        model, config, extra, max_video_tokens: as for `mm-sglang serve`.
         gpus: ranks, each with a GPU of its own.
+        split: what they share out, "context": a prefill's tokens, or "tensor": the weights too large for one.
         decoders: Ray actors that decode videos; 0 leaves it to SGLang.
         hub, token: where messages go.
         name: unlike any other gang's, this replica's earlier ones included.
@@ -21,6 +26,8 @@ class Gang:
     config: str | None
     extra: tuple[str, ...]
     gpus: int
+    split: str
+    max_video_tokens: int | None
     decoders: int
     hub: str
     token: str
@@ -33,5 +40,30 @@ class Gang:
 
         return "127.0.0.1" if self.hub.startswith("tcp://127.") else str(ray.util.get_node_ip_address())
 
-    def flags(self) -> list[str]:
-        return ["--tp-size", str(self.gpus), *self.extra]
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        return gang_command(
+            model=self.model, config=self.config, extra=self.extra, gpus=self.gpus, split=self.split,
+            max_video_tokens=self.max_video_tokens,
+        )  # fmt: skip
+
+
+def gang_command(
+    *, model: str, config: str | None, extra: Sequence[str], gpus: int, split: str, max_video_tokens: int | None
+) -> tuple[list[str], dict[str, str]]:
+    """`server_command` of a gang; arguments as for Gang.
+
+    Raises:
+        ValueError: of `server_command`, a `split` that is unknown, or options that say the same again.
+    """
+    from mm_sglang.serve import CONTEXT_PARALLEL, TENSOR_PARALLEL, server_command
+
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: needs one of {', '.join(SPLITS)}")
+    for flag in (*TENSOR_PARALLEL, *CONTEXT_PARALLEL):
+        if any(each.partition("=")[0] == flag for each in extra):
+            raise ValueError(f"{flag}: a job's ranks are counted by --gpus, and --split says what they share out")
+    tensor = ["--tp-size", str(gpus)] if split == TENSOR else []
+    return server_command(
+        model, config=config, extra=[*tensor, *extra], cores=gpus, max_video_tokens=max_video_tokens,
+        context_parallel=gpus if split == CONTEXT else None,
+    )  # fmt: skip

@@ -64,6 +64,7 @@ class Job:
         compact = () if schema is None else ("--constrained-json-disable-any-whitespace",)
         gang = Gang(
             model=options.model, config=options.config, extra=(*options.extra, *compact), gpus=options.gpus,
+            split=options.split, max_video_tokens=options.max_video_tokens,
             decoders=decoder_cpus(options.gpus, options.replicas), name=name,
             hub=self.hub.address, token=self.hub.token,
         )  # fmt: skip

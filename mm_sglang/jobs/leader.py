@@ -38,11 +38,7 @@ class Leader:
         Asking(engine, self.gang, self.peer).run()
 
     def _start(self) -> Any:
-        from mm_sglang.serve import server_command
-
-        command, environment = server_command(
-            self.gang.model, config=self.gang.config, extra=self.gang.flags(), cores=os.cpu_count() or 1
-        )
+        command, environment = self.gang.command()
         if "SGLANG_PLATFORM" in environment:  # a rank is a core, found by the number of the GPU that Ray gave it
             cores = os.cpu_count() or 1
             binding = "|".join(str(gpu % cores) for gpu in range(cluster_gpus()))

@@ -6,15 +6,19 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mm_sglang.jobs.gang import CONTEXT, gang_command
 from mm_sglang.jobs.inputs import read_inputs, require_files
 from mm_sglang.jobs.results import Results
 from mm_sglang.jobs.schema import Schema, read_schema
+
+if TYPE_CHECKING:
+    from mm_sglang.jobs.service import ServiceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +26,9 @@ class JobOptions:
     """Args:
     videos: files that every node sees under the same path.
     schema: file with a JSON schema for the answers.
-    gpus: ranks of a replica; replicas: how many of them.
+    gpus: ranks of a replica; split: what they share out, see jobs/gang.py; replicas: how many of them.
     address: of the Ray cluster; without it RAY_ADDRESS, else a Ray of this machine's own.
-    config, extra: as for `mm-sglang serve`.
+    config, extra, max_video_tokens: as for `mm-sglang serve`.
     max_tokens: of an answer.
     """
 
@@ -34,11 +38,13 @@ class JobOptions:
     out: Path
     schema: Path | None = None
     gpus: int = 1
+    split: str = CONTEXT
     replicas: int = 1
     address: str | None = None
     config: str | None = None
     extra: tuple[str, ...] = field(default=())
     max_tokens: int = 256
+    max_video_tokens: int | None = None
 
 
 def run_job(options: JobOptions) -> int:
@@ -56,7 +62,7 @@ def run_job(options: JobOptions) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: needs at least 1")
     schema = None if options.schema is None else read_schema(options.schema)
-    require_settings(options.model, options.config, options.extra)
+    require_settings(options)
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
         results = stack.enter_context(Results(options.out))
@@ -90,20 +96,19 @@ def _asked(options: JobOptions, schema: Schema | None) -> Any:
     from mm_sglang.model_hash import model_hash
 
     config = None if options.config is None else Path(options.config).read_text(encoding="utf-8")
-    settings = [config, list(options.extra), options.max_tokens]
+    settings = [config, list(options.extra), options.max_tokens, options.max_video_tokens]
     return {"question": options.question, "schema": schema, "model": model_hash(options.model), "settings": settings}
 
 
-def require_settings(model: str, config: str | None, extra: Sequence[str]) -> None:
+def require_settings(options: JobOptions | ServiceOptions) -> None:
     """What a replica's leader does when it starts, done here to hear of mistakes now."""
     from mm_sglang.compat import require_supported_sglang
-    from mm_sglang.serve import TENSOR_PARALLEL, server_command
 
     require_supported_sglang()
-    for flag in TENSOR_PARALLEL:
-        if flag in extra:
-            raise ValueError(f"{flag}: a job's ranks are counted by --gpus")
-    server_command(model, config=config, extra=extra, cores=1)
+    gang_command(
+        model=options.model, config=options.config, extra=options.extra, gpus=options.gpus, split=options.split,
+        max_video_tokens=options.max_video_tokens,
+    )  # fmt: skip
 
 
 def _join_cluster(options: JobOptions, stack: ExitStack) -> None:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from mm_sglang.jobs.gang import CONTEXT
+
 MOST_TOKENS = 256  # of an answer, unless the request says otherwise
 LEAVE_S = 30.0  # what a replica that is told to go may take for the end of its gang
 
@@ -18,16 +20,18 @@ LEAVE_S = 30.0  # what a replica that is told to go may take for the end of its 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
     """Args:
-    model, config, extra: as for `mm-sglang serve`.
-    gpus: ranks of a gang; replicas: how many gangs.
+    model, config, extra, max_video_tokens: as for `mm-sglang serve`.
+    gpus: ranks of a gang; split: what they share out, see jobs/gang.py; replicas: how many gangs.
     at_once: requests that a gang works on; more of them wait in Serve.
     """
 
     model: str
     gpus: int = 1
+    split: str = CONTEXT
     replicas: int = 1
     config: str | None = None
     extra: tuple[str, ...] = field(default=())
+    max_video_tokens: int | None = None
     at_once: int = 8
 
 
@@ -127,7 +131,7 @@ def start_service(
 
     model, config = whole_paths(options.model, options.config)
     options = replace(options, model=model, config=config)
-    require_settings(options.model, options.config, options.extra)
+    require_settings(options)
     require_gpus(options.replicas, options.gpus, cluster_gpus())
     serve.start(http_options={"host": host, "port": port})
     deployment = serve.deployment(

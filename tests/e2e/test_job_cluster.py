@@ -95,7 +95,7 @@ def test_a_submitted_job_that_cannot_run(head: Head, folder: Path) -> None:
     client = JobSubmissionClient(head.server)
     said = {}
     for name, command in {
-        "out": run_command("results.jsonl"), "gpus": run_command("/tmp/unused.jsonl", "--gpus", "64"),
+        "out": run_command("results.jsonl"), "gpus": run_command("/tmp/unused.jsonl", "--replicas", "64"),
     }.items():  # fmt: skip
         subprocess.run(submitted(head, *command), cwd=folder, env=head.environment, timeout=MINUTES, check=False)
         newest = max(client.list_jobs(), key=lambda job: job.start_time or 0)

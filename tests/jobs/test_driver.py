@@ -55,7 +55,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_driver() -> tuple[GangDriver, FakeReplica]:
-    driver = GangDriver(at_once=2, replicas=1, model="m", gpus=1, config=None, extra=())
+    driver = GangDriver(
+        at_once=2, replicas=1, model="m", gpus=1, split="context", max_video_tokens=None, config=None, extra=()
+    )
     replica: Any = driver.replica
     return driver, replica
 
