@@ -6,7 +6,7 @@ import random
 import socket
 
 LEASE = "\0mm_sglang-port-{}"  # an abstract socket: one process of the host holds a name, and its death gives it back
-PORTS = range(10_000, 20_000)  # under those the kernel gives to connections, and under SGLang's own choices
+PORTS = range(20_000, 22_000)  # of nobody: Ray's workers are below, SGLang's own choices and the kernel's above
 
 
 def leased_port() -> tuple[int, socket.socket]:

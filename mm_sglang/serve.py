@@ -43,7 +43,7 @@ def run_server(
     require_supported_sglang()
     command, environment = server_command(
         model, config=config, extra=extra, cores=os.cpu_count() or 1, max_video_tokens=max_video_tokens,
-        context_parallel=context_parallel,
+        context_parallel=context_parallel, check_room=True,
     )  # fmt: skip
     shown = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*shown, *map(shlex.quote, command)]), flush=True)
@@ -55,11 +55,16 @@ def server_command(
     *,
     config: str | None,
     extra: Sequence[str],
-    cores: int,
+    cores: int | None,
     max_video_tokens: int | None = None,
     context_parallel: int | None = None,
+    check_room: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """The server's argv and the environment variables it needs: on the GPU if there is one, else on the CPU.
+
+    Args:
+        cores: of this machine, for CPU ranks; None: the server will run on another one, so nothing of this one counts.
+        check_room: this process's GPU is the server's, so say now if `max_video_tokens` don't fit into what is free.
 
     Raises:
         ValueError: settings that are wrong, or that don't fit a model folder that is here to be read.
@@ -87,14 +92,14 @@ def server_command(
         local_heads(_text_config(model_config)["num_attention_heads"], 0, ranks)
     if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
         environment["SGLANG_PLATFORM"] = CPU_PLATFORM
-        if spread > 1 and model_config is not None:
+        if spread > 1 and model_config is not None and cores is not None:
             _check_kv_heads(model_config, spread)
-        if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
+        if ranks > 1 and cores is not None and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
     if max_video_tokens is not None:
         lifted = long_video(model, max_video_tokens, ranks=ranks // spread, spread=spread)
-        if torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
+        if check_room and torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
             require_room(lifted.needs, torch.cuda.mem_get_info()[0])
         print(f"mm-sglang: {lifted.needs}", flush=True)
         flags |= lifted.flags

@@ -43,14 +43,15 @@ class Gang:
     def command(self) -> tuple[list[str], dict[str, str]]:
         return gang_command(
             model=self.model, config=self.config, extra=self.extra, gpus=self.gpus, split=self.split,
-            max_video_tokens=self.max_video_tokens,
+            max_video_tokens=self.max_video_tokens, cores=self.gpus,
         )  # fmt: skip
 
 
 def gang_command(
-    *, model: str, config: str | None, extra: Sequence[str], gpus: int, split: str, max_video_tokens: int | None
-) -> tuple[list[str], dict[str, str]]:
-    """`server_command` of a gang; arguments as for Gang.
+    *, model: str, config: str | None, extra: Sequence[str], gpus: int, split: str, max_video_tokens: int | None,
+    cores: int | None,
+) -> tuple[list[str], dict[str, str]]:  # fmt: skip
+    """`server_command` of a gang; arguments as for Gang and there.
 
     Raises:
         ValueError: of `server_command`, a `split` that is unknown, or options that say the same again.
@@ -64,6 +65,6 @@ def gang_command(
             raise ValueError(f"{flag}: a job's ranks are counted by --gpus, and --split says what they share out")
     tensor = ["--tp-size", str(gpus)] if split == TENSOR else []
     return server_command(
-        model, config=config, extra=[*tensor, *extra], cores=gpus, max_video_tokens=max_video_tokens,
+        model, config=config, extra=[*tensor, *extra], cores=cores, max_video_tokens=max_video_tokens,
         context_parallel=gpus if split == CONTEXT else None,
     )  # fmt: skip

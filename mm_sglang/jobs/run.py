@@ -107,7 +107,7 @@ def require_settings(options: JobOptions | ServiceOptions) -> None:
     require_supported_sglang()
     gang_command(
         model=options.model, config=options.config, extra=options.extra, gpus=options.gpus, split=options.split,
-        max_video_tokens=options.max_video_tokens,
+        max_video_tokens=options.max_video_tokens, cores=None,
     )  # fmt: skip
 
 

@@ -47,7 +47,9 @@ def ray_head(log: Path, *, gpus: int) -> Iterator[Head]:
         _wait_for(head, log, [port, *([server] if JOB_SERVER else [])])
         yield Head(address=f"127.0.0.1:{port}", server=f"http://127.0.0.1:{server}", environment=environment)
     finally:
-        family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        family: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):  # it ended by itself, and what is raised says why
+            family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         head.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             head.wait(20)
