@@ -20,6 +20,7 @@ from recipes import SHARED
 
 from benchmarks.soak import soak
 from benchmarks.soak_figures import NOTICED_S, Fault
+from benchmarks.soak_nodes import JOINED_S
 from mm_sglang.demo.video import render_video
 from mm_sglang.parallel.placement import cluster_gpus, connect
 
@@ -47,7 +48,9 @@ def test_a_gang_over_two_hosts_answers_as_one_rank(assets: Assets, tmp_path: Pat
         for _ in range(3):
             cluster.add_node(wait=False, num_gpus=1, num_cpus=1)
         connect(cluster.address, gpus=0)
+        end = time.monotonic() + JOINED_S
         while cluster_gpus() < 3:
+            assert time.monotonic() < end
             time.sleep(0.1)
         for gpus in (1, 2):
             command = [
