@@ -12,16 +12,16 @@ from ray.cluster_utils import Cluster
 
 from mm_sglang.parallel.placement import cluster_gpus
 
-GPUS, CPUS = 2, 2  # of a host
 JOINED_S = 60.0
 
 
 class Nodes:
-    """A head, where the job's driver is, and `count` hosts with the GPUs; 0 gives them to the head."""
+    """A head, where the job's driver is, and `count` hosts of `each` GPUs and CPUs; 0 gives one's to the head."""
 
-    def __init__(self, count: int) -> None:
-        self.wanted = count
-        has = {"num_cpus": 0, "num_gpus": 0} if count else {"num_cpus": CPUS, "num_gpus": GPUS}
+    def __init__(self, count: int, each: int = 2) -> None:
+        self.wanted, self.each = count, each
+        on_head = 0 if count else each
+        has = {"num_cpus": on_head, "num_gpus": on_head}
         self.cluster = Cluster(initialize_head=True, head_node_args=has | {"include_dashboard": False})
         for _ in range(count):
             self.join()
@@ -35,12 +35,12 @@ class Nodes:
         return len(self.cluster.worker_nodes)
 
     def join(self) -> None:
-        self.cluster.add_node(wait=False, num_gpus=GPUS, num_cpus=CPUS)
+        self.cluster.add_node(wait=False, num_gpus=self.each, num_cpus=self.each)
 
     def wait(self) -> None:
         """Until Ray, which has to be connected, knows them all."""
         end = time.monotonic() + JOINED_S
-        while cluster_gpus() < GPUS * max(self.count, 1):
+        while cluster_gpus() < self.each * max(self.count, 1):
             assert time.monotonic() < end, f"{cluster_gpus()} GPUs after {JOINED_S} s"
             time.sleep(0.1)
 

@@ -90,7 +90,7 @@ def server_command(
         raise ValueError(f"--attn-cp-size {spread} of --tp-size {ranks}: needs the same size, which counts all ranks")
     if spread == 1 and model_config is not None:
         local_heads(_text_config(model_config)["num_attention_heads"], 0, ranks)
-    if not torch.cuda.is_available() or _flag(extra, "--device") == "cpu":
+    if not torch.cuda.is_available() or flag_value(extra, "--device") == "cpu":
         environment["SGLANG_PLATFORM"] = CPU_PLATFORM
         if spread > 1 and model_config is not None and cores is not None:
             _check_kv_heads(model_config, spread)
@@ -99,12 +99,12 @@ def server_command(
         flags |= CPU_FLAGS
     if max_video_tokens is not None:
         lifted = long_video(model, max_video_tokens, ranks=ranks // spread, spread=spread)
-        if check_room and torch.cuda.is_available() and _flag(extra, "--device") != "cpu":
+        if check_room and torch.cuda.is_available() and flag_value(extra, "--device") != "cpu":
             require_room(lifted.needs, torch.cuda.mem_get_info()[0])
         print(f"mm-sglang: {lifted.needs}", flush=True)
         flags |= lifted.flags
         environment |= {name: value for name, value in lifted.environment.items() if name not in os.environ}
-    added = [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
+    added = [part for name, value in flags.items() if flag_value(extra, name) is None for part in (name, value) if part]
     if overrides:
         added += [OVERRIDES, json.dumps(overrides)]
     return [sglang_script(), "serve", model, *added, *extra], environment
@@ -162,7 +162,7 @@ def thread_binding(ranks: int, cores: int) -> str:
     return "|".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _flag(arguments: Sequence[str], name: str) -> str | None:
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
     """Value of `--name value` or `--name=value`, the last one given; None if it is not there."""
     found = None
     for index, argument in enumerate(arguments):
@@ -184,7 +184,7 @@ def _ranks(arguments: Sequence[str]) -> int:
 def _whole(arguments: Sequence[str], names: Sequence[str]) -> int:
     """The number given under one of an option's names, 1 if none is."""
     for name in names:
-        value = _flag(arguments, name)
+        value = flag_value(arguments, name)
         if value is not None:
             if not value.isdecimal() or int(value) < 1:
                 raise ValueError(f"{name} {value}: needs a whole number from 1")
@@ -197,19 +197,19 @@ def _context_parallel(size: int, extra: Sequence[str]) -> list[str]:
     if size < 1:
         raise ValueError(f"--context-parallel {size}: needs a whole number from 1")
     for name in (*TENSOR_PARALLEL, *CONTEXT_PARALLEL):
-        if _flag(extra, name) is not None:
+        if flag_value(extra, name) is not None:
             raise ValueError(f"--context-parallel {size} and {name}: needs one of them, it sets the other")
     if size == 1:
         return []
     flags = {"--tp-size": str(size), "--attn-cp-size": str(size), "--enable-prefill-cp": None}
     flags |= {"--mm-enable-dp-encoder": None}  # whole vision weights on every rank, which encodes its share of frames
     flags |= {"--cp-strategy": "interleave", "--cuda-graph-backend-prefill": "disabled"}  # captured, but never replayed
-    return [part for name, value in flags.items() if _flag(extra, name) is None for part in (name, value) if part]
+    return [part for name, value in flags.items() if flag_value(extra, name) is None for part in (name, value) if part]
 
 
 def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The arguments without --json-model-override-args, and that option's content."""
-    text = _flag(arguments, OVERRIDES)
+    text = flag_value(arguments, OVERRIDES)
     if text is None:
         return list(arguments), {}
     try:

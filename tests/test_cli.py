@@ -107,11 +107,7 @@ def test_context_parallel_sets_what_sglang_needs(tmp_path: Path, monkeypatch: py
         (None, ["--tp", "many"], "--tp many: needs a whole number"),
         (None, ["--context-parallel", "0"], "--context-parallel 0: needs a whole number from 1"),
         (None, ["--context-parallel", "2", "--tp", "2"], "--context-parallel 2 and --tp: needs one of them"),
-        (
-            None,
-            ["--context-parallel", "3"],
-            "over 3 CPU ranks: needs a divisor of the model's 2 KV heads",
-        ),
+        (None, ["--context-parallel", "3"], "over 3 CPU ranks: needs a divisor of the model's 2 KV heads"),
         (None, ["--tp", "3", "--attn-cp-size", "2"], "--attn-cp-size 2 of --tp-size 3: needs the same size"),
     ],
 )

@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_parallel
 
 from mm_sglang.compat import cp_inputs, cp_strategy
-from mm_sglang.config import SparseConfig
+from mm_sglang.config import SparseConfig, Trace
 from mm_sglang.context_parallel import start
 from mm_sglang.context_parallel.collectives import Ranks
 from mm_sglang.context_parallel.strategy import BlockStrategy
@@ -110,6 +110,7 @@ def parallel(**values: Any) -> Any:
         ({"tp_size": 4}, {}, False, False, "--attn-cp-size 2 with --tp-size 4: needs --tp-size 2"),
         ({"pp_size": 2}, {}, False, False, "with --pp-size 2: needs 1"),
         ({}, {}, True, False, "with --enable-mixed-chunk: needs none"),
+        ({}, {"trace": Trace(dir="unused", tensors=(0,))}, False, False, "with trace: tensors: needs none"),
         ({}, {}, False, True, "with no --mm-enable-dp-encoder: needs it"),
     ],
 )

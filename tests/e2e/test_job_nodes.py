@@ -14,15 +14,14 @@ import pytest
 import ray
 import yaml
 from assets import Assets
-from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from recipes import SHARED
 
 from benchmarks.soak import soak
 from benchmarks.soak_figures import NOTICED_S, Fault
-from benchmarks.soak_nodes import JOINED_S
+from benchmarks.soak_nodes import Nodes
 from mm_sglang.demo.video import render_video
-from mm_sglang.parallel.placement import cluster_gpus, connect
+from mm_sglang.parallel.placement import connect
 
 pytestmark = pytest.mark.e2e
 
@@ -42,21 +41,16 @@ def test_a_gang_over_two_hosts_answers_as_one_rank(assets: Assets, tmp_path: Pat
     config = tmp_path / "sparse.yaml"
     sparse = {"pattern": "vertical_slash", "columns": 200, "slashes": 256}
     config.write_text(yaml.safe_dump({"default": sparse, "min_tokens": 1, "guard": {"coverage": 0.9}}))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
+    nodes = Nodes(3, each=1)
     jobs: list[subprocess.Popen[str]] = []
     try:
-        for _ in range(3):
-            cluster.add_node(wait=False, num_gpus=1, num_cpus=1)
-        connect(cluster.address, gpus=0)
-        end = time.monotonic() + JOINED_S
-        while cluster_gpus() < 3:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        connect(nodes.address, gpus=0)
+        nodes.wait()
         for gpus in (1, 2):
             command = [
                 sys.executable, "-m", "mm_sglang", "job", "run", str(video), "--question", "?", "--max-tokens", "8",
                 "--model", str(assets.models["qwen2_5_vl"]), "--sparse-config", str(config), "--gpus", str(gpus),
-                "--address", cluster.address, "--out", str(tmp_path / f"{gpus}.jsonl"), "--max-total-tokens", "4096",
+                "--address", nodes.address, "--out", str(tmp_path / f"{gpus}.jsonl"), "--max-total-tokens", "4096",
                 "--chunked-prefill-size", "512",
             ]  # fmt: skip
             jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
@@ -66,7 +60,7 @@ def test_a_gang_over_two_hosts_answers_as_one_rank(assets: Assets, tmp_path: Pat
         for job in jobs:
             job.kill()
         ray.shutdown()
-        cluster.shutdown()
+        nodes.close()
     assert [job.returncode for job in jobs] == [0, 0], said
     assert hosts == 2
     one, two = (json.loads((tmp_path / f"{gpus}.jsonl").read_text()) for gpus in (1, 2))
