@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tiny_model import checkpoint, look, scenes, sprites, words
+from benchmarks.tiny_model import batches, checkpoint, evaluate, look, scenes, sprites, train, words
 from benchmarks.tiny_model.answers import Rounds, Update, encode
 from benchmarks.tiny_model.batches import Batch, collate, plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Sizes
@@ -236,6 +236,25 @@ def test_an_exported_folder_loads_with_the_auto_class_and_is_small(tmp_path: Pat
 
 def test_evaluation_gives_a_share_of_right_answers(made: tuple[Path, Any], encoder: Encoder) -> None:
     assert 0 <= accuracy(load(made[0], "cpu"), encoder, "v_niah", 256, 0.5, 3) <= 1
+
+
+def test_samples_of_a_test_differ_in_shape(
+    made: tuple[Path, Any], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[Any, ...]] = []
+
+    def noted(*given: Any, **options: Any) -> Batch:
+        batch = batches.plan_batch(*given, **options)
+        shapes.append((*batch.grids, len(batch.depths)))
+        return batch
+
+    for module in (evaluate, train):
+        monkeypatch.setattr(module, "plan_batch", noted)
+    model, config = load(made[0], "cpu"), replace(CONFIGS["smoke"], valid_lengths=(512,), valid_samples=8)
+    assert 0 <= accuracy(model, encoder, "v_niah", 512, 0.5, 8) <= 1
+    (row,) = train.validate(model, encoder, config, 512, 60.0)
+    assert row["answers"] >= 8 and len(shapes) == 8  # two prompts a batch
+    assert len(set(shapes[:4])) > 2 and len(set(shapes[4:])) > 2
 
 
 def test_a_resumed_training_goes_on_as_an_unbroken_one(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from benchmarks.tiny_model.tasks import make_plan
 from benchmarks.tiny_model.words import tokenizer
 
 SEED_STRIDE = 1 << 20  # seeds of one micro-batch
+# Prompts of a test that share resolution, length and frame rate: a cell of one shape would judge that shape.
+SAME_SHAPE = 2
+TEST_TOKENS = 1 << 17  # of a test's batch
 
 
 @dataclass
@@ -103,6 +106,11 @@ def plan_batch(
         for n in range(count)
     ]
     return collate(plans, length, text)
+
+
+def at_once(samples: int, length: int) -> int:
+    """Prompts of a batch when `samples` of a length are tested."""
+    return max(1, min(samples, SAME_SHAPE, TEST_TOKENS // length))
 
 
 class MicroBatches(torch.utils.data.Dataset[Batch]):

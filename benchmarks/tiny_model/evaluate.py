@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.tiny_model.batches import plan_batch
+from benchmarks.tiny_model.batches import at_once, plan_batch
 from benchmarks.tiny_model.forward import answer_logits, exact, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.tasks import TASKS
 
 TEST_SEED = 1 << 46
-BATCH_TOKENS = 1 << 17
 
 
 def load(folder: Path, device: str) -> Any:
@@ -42,9 +41,9 @@ def accuracy(
 ) -> float:
     """Share of `samples` test prompts with one question each that the model answers exactly."""
     right = []
-    at_once = max(1, min(samples, BATCH_TOKENS // length))
-    for first in range(0, samples, at_once):
-        count = min(at_once, samples - first)
+    together = at_once(samples, length)
+    for first in range(0, samples, together):
+        count = min(together, samples - first)
         seed = TEST_SEED + (round(depth * 1000) * 1000 + first) * 1000
         batch = plan_batch(encoder.text, task, length, count, seed=seed, split="test", turns=1, depth=depth)
         tensors = batch.to_model(encoder, photographs=photographs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.tiny_model import answers, checkpoint, look
-from benchmarks.tiny_model.batches import plan_batch
+from benchmarks.tiny_model.batches import at_once, plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Config
 from benchmarks.tiny_model.forward import answer_logits, exact, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
@@ -38,7 +38,7 @@ def validate(model: Any, encoder: Encoder, config: Config, longest: int, limit_s
         for task in [task for task in config.tasks if length >= least_tokens(task)]:
             hits: list[torch.Tensor] = []
             least = min(config.valid_samples, max(4, (1 << 19) // length))
-            count = max(1, min(least, (1 << 17) // length))
+            count = at_once(least, length)
             for number in range(0, least, count):
                 if time.monotonic() - begun > limit_s:
                     return rows
