@@ -16,6 +16,8 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from flash_attn.cute.interface import _flash_attn_fwd
 
 from mm_sglang.kernels.attend.fa4_masks import MASKS
+from mm_sglang.kernels.attend.splits import merged, parts_for, split
+from mm_sglang.kernels.patterns.dense import TextTail
 from mm_sglang.kernels.permute.rows import gather_keys, gather_queries, scatter_queries
 from mm_sglang.kernels.plan import TILE, HeadGroup
 from mm_sglang.kernels.stages import stage
@@ -78,6 +80,9 @@ def _attend_part(
     lse: torch.Tensor,
 ) -> None:  # fmt: skip
     """k, v: [R, slots, 1, D] in the group's key order."""
+    # By heads alone: under context parallelism a rank has some of the group's query tiles, and bits must not differ.
+    tail = isinstance(group.pattern, TextTail)
+    parts = parts_for(len(group.heads) * len(group.heads[0]), group.key_tiles) if tail else 1
     heads = Progression.of(group.heads) if group.q_order is None else None
     orders, g = len(group.heads), len(group.heads[0])
     for first, last in _slices(group, q, heads is None):
@@ -92,14 +97,17 @@ def _attend_part(
         else:
             with stage("permute"):
                 query = gather_queries(q, group.q_order, group.heads, group.prefix, start, rows)
+                query = query.repeat(1, parts, 1, 1) if parts > 1 else query
             result = torch.empty_like(query)
-            log = torch.empty(orders, g, rows, device=q.device)
+            log = torch.empty(orders, g, parts * rows, device=q.device)
         if group.everything and heads is not None:  # whole queries in order: FA4's dense kernel and its scheduler
             with stage("attend"):
                 _flash_attn_fwd(query, k, v, softmax_scale=scale, causal=True, out=result, lse=log)
             continue
-        lists = group.lists(first, last)
-        shape = (orders, g, last - first)
+        lists, limits = group.lists(first, last), group.limits[:, :, start : last * TILE]
+        if parts > 1:
+            lists, limits = split(lists, parts), limits.repeat(1, 1, parts)
+        shape = (orders, g, parts * (last - first))
         tiles = BlockSparseTensorsTorch(
             mask_block_cnt=lists.partial_count.view(shape), mask_block_idx=lists.partial_index.view(*shape, -1),
             full_block_cnt=lists.full_count.view(shape), full_block_idx=lists.full_index.view(*shape, -1),
@@ -109,10 +117,12 @@ def _attend_part(
             _flash_attn_fwd(
                 query, k, v, softmax_scale=scale, causal=False, mask_mod=MASKS[len(group.segments)],
                 block_sparse_tensors=tiles, out=result, lse=log, pack_gqa=False,
-                aux_tensors=[group.limits[:, :, start : last * TILE], group.start],
+                aux_tensors=[limits, group.start],
             )  # fmt: skip
         if heads is None:
             with stage("merge"):
+                if parts > 1:
+                    result, log = merged(result, log, parts)
                 scatter_queries(result, log, group.q_order, group.heads, group.prefix, start, out, lse)
 
 

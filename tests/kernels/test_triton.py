@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from recipes import ITEMS, RECIPES, SHAPES, relative_error
 
+from mm_sglang.kernels.attend.splits import parts_for
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import attended, check, tile_map
 from mm_sglang.kernels.layout import TokenLayout
@@ -108,6 +109,16 @@ def test_all_recipes_mixed_freely_over_heads(kind: str) -> None:
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     q, k, v = tensors(200, 190, len(recipes), 3, 16 if DEVICE == "cpu" else 128, dtype, seed=4)
     run(kind, recipes, q, k, v, paged=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefix, queries", [(40_000, 130), (20_011, 47)])
+def test_a_questions_tile_is_run_in_parts(prefix: int, queries: int) -> None:
+    """Long enough for kernels/attend/splits.py, with text after all that is shown and a chunk's end inside a tile."""
+    for heads, kv_heads, dim, dtype in [(7, 1, 128, torch.bfloat16), (8, 2, 64, torch.float16)]:
+        assert parts_for(heads, (prefix + queries) // 128) > 1
+        q, k, v = tensors(prefix, queries, heads, kv_heads, dim, dtype, seed=heads)
+        run("fa4", [RECIPES["vertical_slash"]] * heads, q, k, v, paged=True)
 
 
 @pytest.mark.gpu
