@@ -22,10 +22,12 @@ from sglang.srt.runtime_context import get_observability, get_parallel
 from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
 from mm_sglang.choice import check_engine, choose_engine
+from mm_sglang.compat.vision_slices import encode_in_slices
 from mm_sglang.config import SparseConfig
 from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.start import start_ranks
 from mm_sglang.dense import DenseSide
+from mm_sglang.kernels.classes import tail
 from mm_sglang.kernels.layout import TokenLayout, upload
 from mm_sglang.kernels.patterns import Auto, Dense, HeadPattern
 from mm_sglang.kernels.prefill import sparse_prefill
@@ -69,6 +71,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 raise ValueError(f"mm_sparse does not serve {what}: needs a launch without it")
 
         self.ranks = start_ranks(runner, self.config)
+        encode_in_slices(getattr(runner.model, "visual", None), self.ranks)
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         mine = local_heads(heads, rank, size)
         rank = get_parallel().tp_rank
@@ -180,11 +183,16 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             return (f"fewer keys than min_tokens={self.config.min_tokens}",)
         inputs = batch.mm_inputs[request] if batch.mm_inputs else None
         if inputs is None and self.config.assume_video is not None:
-            return assumed_video(self.config.assume_video, keys, self.device)
-        try:
-            return layout_from_sglang(inputs, keys, self.merge, self.device)
-        except ValueError as error:  # one odd request must not stop the server
-            return ("no token layout: ", str(error))
+            layout = assumed_video(self.config.assume_video, keys, self.device)
+        else:
+            try:
+                layout = layout_from_sglang(inputs, keys, self.merge, self.device)
+            except ValueError as error:  # one odd request must not stop the server
+                return ("no token layout: ", str(error))
+        if tail(layout, length, self.config.text_tail) == length:
+            # Every key for every query, and the dense backend splits long keys over all processors, in the pool's order
+            return ("nothing but a question, as after a radix hit",)
+        return layout
 
     def forward_extend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch,

@@ -104,8 +104,11 @@ def test_a_repeated_prompt_has_a_prefix_and_the_same_tokens(running: Running, as
 
 
 def test_a_longer_question_starts_in_the_middle_of_the_cache(running: Running, assets: Assets) -> None:
-    """A radix hit that ends inside the prompt: the suffix is a chunk whose prefix was computed by another request."""
-    longer = [*assets.prompts["video"], ("text", " and what is not?")]
+    """A radix hit that ends inside the prompt: the suffix is a chunk whose prefix was computed by another request.
+
+    It is longer than text_tail; a shorter one is all question and left to the dense backend.
+    """
+    longer = [*assets.prompts["video"], ("text", " and what is not? tell me all of it." * 12)]
     first = ask(running.server.url, longer, TOKENS)
     running.server.flush_cache()
     assert ask(running.server.url, longer, TOKENS).tokens == first.tokens
