@@ -14,9 +14,11 @@ from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import profile
 from benchmarks.ttft.child import prompt, spread
 from benchmarks.ttft.model import LAYERS, make_model
-from benchmarks.ttft.parts import PARTS, settings, specs
-from mm_sglang.config import SparseConfig
+from benchmarks.ttft.parts import PARTS, VIDEO, settings, specs
+from mm_sglang.config import AssumedVideo, SparseConfig
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.patterns import BlockTopK, Grid, VerticalSlash
+from mm_sglang.layout import assumed_video
 
 STORED = RESULTS / "nvidia-h200" / "ttft.json"
 
@@ -64,6 +66,23 @@ def test_contestants_differ_in_the_backend_alone(tmp_path: Path) -> None:
     assert prompt(50, 1) == prompt(50, 1) != prompt(50, 2)
 
 
+@pytest.mark.parametrize("kind", ["auto", "probe"])
+def test_other_settings_are_valid(kind: str) -> None:
+    config = SparseConfig.from_mapping(settings(kind))
+    config.check_model(layers=LAYERS, heads=28)
+    assert config.assume_video is not None
+
+
+def test_questions_follow_a_whole_video(tmp_path: Path) -> None:
+    """What comes after the assumed videos' tokens is text, so that it is a question to mm_sparse."""
+    for spec in specs(["question"], 1 << 20, tmp_path, ["stock", "mm_sparse"]):
+        assert not spec["arguments"]["disable_radix_cache"] and len(spec["questions"]["tokens"]) == 3
+        for tokens in spec["questions"]["tokens"]:
+            layout = assumed_video(AssumedVideo(**VIDEO), tokens + spec["questions"]["more"], "cpu")
+            assert classes.tail(layout, layout.length, 128) == spec["questions"]["more"]
+            assert layout.length <= spec["arguments"]["context_length"]
+
+
 def test_the_stored_table_shows_the_ratio_to_stock_at_its_best_chunk() -> None:
     record = json.loads(STORED.read_text())
     runs = [run for run in record["runs"] if run["part"] == "ttft"]
@@ -80,7 +99,8 @@ def test_a_profile_sorts_kernels_into_stages_and_counts_idle_time_once(tmp_path:
 
     events = [
         event(0, 100, "nvjet_tst_128x256"), event(50, 100, "_mass"), event(200, 300, "kernel_cutlass_FlashAttention90"),
-        event(500, 10, "Memcpy DtoD", "gpu_memcpy"), event(510, 490, "void rms_norm"), event(0, 9e9, "cpu", "cpu_op"),
+        event(500, 10, "Memcpy DtoD", "gpu_memcpy"), event(510, 490, "kernel_flashinfernorm"),
+        event(0, 9e9, "cpu", "cpu_op"),
     ]  # fmt: skip
     with gzip.open(tmp_path / "1-TP-0.trace.json.gz", "wt") as stream:
         json.dump({"traceEvents": events}, stream)

@@ -55,7 +55,7 @@ def table(record: dict[str, Any]) -> str:
                     f"{t['tokens'] / t['seconds']:10.0f} {ratio} {t['peak_gb']:8.1f}"
                 )
         for run in runs:
-            for key in ("decode", "mixed", "left_out", "error"):
+            for key in ("decode", "mixed", "questions", "left_out", "error"):
                 if run.get(key):
                     lines.append(f"{run['name']}: {key}: {run[key]}")
             if "profile" in run:

@@ -108,6 +108,10 @@ class Contestant:
             self.decode(**spec["decode"])
         if spec.get("mixed") and self.there_is_time("mixed load", 60):
             asyncio.get_event_loop().run_until_complete(self.mixed(**spec["mixed"]))
+        asked = spec.get("questions", {"tokens": []})
+        for tokens in asked["tokens"]:
+            if self.there_is_time(f"questions at {tokens}", 5 * last * (tokens / tokens_before) ** spec["growth"]):
+                tokens_before, last = tokens, self.questions(tokens, asked["more"])
         if spec.get("profile") and self.there_is_time("profile", 3 * last):
             self.profile(spec["profile"])
         self.store()
@@ -129,6 +133,19 @@ class Contestant:
         stamps = loop.run_until_complete(self._stream(prompt(tokens, 78), new))
         self.record["decode"] = {"tokens": tokens, "ms": (stamps[-1] - stamps[0]) / (len(stamps) - 1) * 1e3}
         print(f"{self.name}: decode {self.record['decode']}", flush=True)
+
+    def questions(self, tokens: int, more: int) -> float:
+        """Seconds of a prompt that ends with a video, of one with a question after it, of one after a cached video."""
+        alone = [self.seconds(prompt(tokens, seed)) for seed in (301, 302)][-1]  # the first of a length may compile
+        asked = [self.seconds(prompt(tokens, seed) + prompt(more, seed)) for seed in (303, 304)][-1]
+        held = prompt(tokens, 304)
+        again = [self.seconds(held + prompt(more, seed)) for seed in range(400, 406)]
+        found = {"tokens": tokens, "more": more, "video": alone, "with_question": asked,
+                 "cached_video": statistics.median(again[1:])}  # fmt: skip
+        self.record.setdefault("questions", []).append(found | {"all": again})
+        print(f"{self.name}: {found}", flush=True)
+        self.store()
+        return asked
 
     async def _stream(self, ids: list[int], new: int) -> list[float]:
         """When each token came."""

@@ -20,14 +20,19 @@ PARTS = {
     "mixed": "4 layers, the same chats with SGLang's --enable-mixed-chunk",
     "chunks": "4 layers, chunks of 8K to 128K tokens",
     "probe": "4 layers, a recall probe of every layer and chunk",
+    "question": "4 layers, a video, the same with a question after it, and a question about a video in the radix cache",
+    "auto": "4 layers, heads that choose for themselves",
 }
+QUESTION = 64  # tokens
 
 
 def settings(kind: str, layers: int = LAYERS) -> dict[str, Any]:
     """mm_sparse's settings: "mix" is benchmarks/kernels' mix of heads, "paper" MMInference's budgets.
 
-    "probe" is the mix with its recall watched in every layer and chunk.
+    "probe" is the mix with its recall watched in every layer and chunk, "auto" the pattern of that name.
     """
+    if kind == "auto":
+        return {"default": {"pattern": "auto", "density": 0.05}, "min_tokens": 16 * K, "assume_video": VIDEO}
     recipes = [PAPER_SLASH, PAPER_GRID] * 2 if kind == "paper" else [fitted(name, 0) for name in KINDS[:4]]
     heads = {str(head): recipes[head // GROUP] for head in range(TEXT["num_attention_heads"])}
     by_layer = {str(layer): {"heads": heads} for layer in range(layers)}
@@ -88,6 +93,16 @@ def specs(parts: list[str], longest: int, folder: Path, rivals: list[str]) -> li
                     if who != "stock"]  # fmt: skip
             if "stock" in rivals and chunk in (8 * K, 128 * K):
                 out.append(spec("chunks", "stock", upto(128 * K, 512 * K), folder, chunk=chunk))
+    for who in rivals if "question" in parts else ():
+        out.append(spec("question", who, [upto(128 * K)[0]], folder))
+        turn = VIDEO["frames"] * VIDEO["rows"] * VIDEO["cols"] + VIDEO["text"]
+        whole = [n - n % turn - VIDEO["text"] for n in upto(128 * K, 512 * K, 1024 * K)]  # each ends with a video
+        out[-1] |= {"questions": {"tokens": whole, "more": QUESTION}, "lengths": []}
+        arguments = out[-1]["arguments"]
+        arguments["context_length"], arguments["max_total_tokens"] = whole[-1] + 4096, whole[-1] + 65536
+        arguments["disable_radix_cache"] = False
+    if "auto" in parts:
+        out.append(spec("auto", "mm_sparse:auto", upto(128 * K, 512 * K, 1024 * K), folder))
     if "probe" in parts:
         out.append(spec("probe", "mm_sparse:probe", upto(128 * K, 512 * K, 1024 * K), folder))
     return sorted(out, key=lambda s: list(PARTS).index(s["part"]))

@@ -16,13 +16,14 @@ STAGES: dict[str, str] = {
     "select": r"^_(keys|narrow|search|keep|buckets|hulls|scores|choose)\b",
     "permute (copies of q, k, v)": r"^_(segment|count|place|gather_keys|move_queries)\b",
     "plan": r"^_(limits|append)\b",
+    "norm, rotary, activation": r"norm|rotary|rope|act_and_mul|silu|swiglu",  # flashinfernorm: before attention
     "attention": r"flash|attention|fmha|_forward\b",
     "linear layers": r"gemm|nvjet|cublas|cutlass",
-    "norm, rotary, activation": r"norm|rotary|rope|act_and_mul|silu|swiglu",
     "KV cache writes and page table": r"store|set_kv|cache|index|gather|scatter",
     "copies": r"memcpy|memset",
 }
 OTHER = "elementwise and other"
+ATTENDING = ("estimate", "select", "permute (copies of q, k, v)", "plan", "attention")
 
 
 def stage_of(kernel: str) -> str:
@@ -92,6 +93,7 @@ def read(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def lines(profile: dict[str, Any]) -> list[str]:
-    """For the table."""
-    parts = {**profile["stages"], "nothing": profile["idle"]}
+    """For the table: every stage, and all that attention needs together."""
+    attending = sum(profile["stages"].get(stage, 0.0) for stage in ATTENDING)
+    parts = {**profile["stages"], "nothing": profile["idle"], "attention and all it needs": attending}
     return [f"    {name:32} {seconds:8.3f} s {seconds / profile['seconds']:6.1%}" for name, seconds in parts.items()]
