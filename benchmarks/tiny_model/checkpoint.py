@@ -131,12 +131,13 @@ def save(folder: Path, master: Master, progress: Progress) -> None:
 
 
 def load_progress(folder: Path, weights: Path | None, first: str) -> Progress:
-    """Of the folder's checkpoint, else of `weights` (with its log), else none, in stage `first`."""
+    """Of the folder's checkpoint, else of `weights` (with its log, if it is there), else none, in stage `first`."""
     path = folder / CHECKPOINT
     if path.is_file():
         return Progress(**torch.load(path, map_location="cpu", weights_only=True)["progress"])
     if weights is not None:
-        shutil.copy(weights / LOG, folder / LOG)
+        if (weights / LOG).is_file():  # the model that ships has none
+            shutil.copy(weights / LOG, folder / LOG)
         return Progress(**json.loads((weights / PROGRESS).read_text()))
     return Progress(stage=first)
 

@@ -65,6 +65,7 @@ NEEDLES = {
     "v_niah": 3.0, "mm_niah": 2.0, "tracking": 0.7, "order": 0.2, "counting": 0.1, "caption": 0.1, "codes": 0.3,
 }  # fmt: skip
 LONG = {1024: 0.2, 4096: 0.25, 8192: 0.2, 16384: 0.15, 32768: 0.08, 65536: 0.08, 131072: 0.04}
+FAR = {1024: 0.1, 4096: 0.15, 8192: 0.1, 16384: 0.15, 65536: 0.2, 131072: 0.3}
 
 CONFIGS = {
     "h200": Config(
@@ -97,6 +98,7 @@ CONFIGS = {
                 micros=4, tasks=SEEN,
             ),
             "last": Stage(minutes=1.5, lr=3e-4, lr_end=1e-5, lengths=LONG, tasks=NEEDLES),
+            "far": Stage(minutes=5.5, lr=4e-4, lr_end=1e-5, lengths=FAR, tasks=NEEDLES | {"mm_niah": 4.0}),
         }
     ),
     "smoke": Config(

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.tiny_model.plans import TOKENS_PER_SECOND
 from benchmarks.tiny_model.tasks import Sample
 from mm_sglang.demo.tiny_model import SPECIAL
 
-TOKENS_PER_SECOND = 2
 MERGE = 2
 IGNORED = -100
 Ints = npt.NDArray[np.int64]

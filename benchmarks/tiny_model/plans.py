@@ -10,12 +10,15 @@ from mm_sglang.demo.needles import glyph_box
 
 FRAME_SIDES = (112, 140, 168, 196, 224, 252, 280, 308, 336)  # SGLang enlarges frames of fewer than 128 tokens
 # From one pair of frames to the next. 2/24 is what SGLang 0.5.23 takes for every video, as its processor gets no frame
-# rate; long waits in training give short contexts the positions of long videos.
+# rate; long waits in training give short contexts the positions of long ones: a text of 33K tokens, a quarter of a
+# mixed context of 128K, is further from the question than short contexts reach otherwise.
 SGLANG_SECONDS = 2 / 24
+TOKENS_PER_SECOND = 2  # rotary positions, in the model's config
 SECONDS = {
-    "train": (SGLANG_SECONDS, SGLANG_SECONDS, 0.5, 1.0, 2.0, 5.0, 15.0, 40.0),
+    "train": (SGLANG_SECONDS, SGLANG_SECONDS, 0.5, 1.0, 2.0, 5.0, 15.0, 40.0, 120.0, 400.0),
     "test": (SGLANG_SECONDS, SGLANG_SECONDS, 1.0, 2.0),
 }
+EXTENT = 1 << 17  # rotary positions of a video at most, where a shorter wait allows it
 TURN_TOKENS = 28  # at most, a question and its answer with the chat template's marks around them
 EDGE_TOKENS = 16  # the first user's mark and what encloses a video or an image
 
@@ -78,7 +81,9 @@ def video(request: Request, tokens: int, shape: random.Random, choice: random.Ra
     pairs = tokens // (high * wide // 784)
     if pairs < 1:
         raise ValueError(f"tokens={request.tokens}: leaves {tokens} tokens for a video, which needs at least 16")
-    return new_clip(2 * pairs, high, wide, shape.choice(SECONDS[request.split]), choice, request.split)
+    waits = SECONDS[request.split]
+    waits = tuple(wait for wait in waits if pairs * wait * TOKENS_PER_SECOND <= EXTENT) or waits[:1]
+    return new_clip(2 * pairs, high, wide, shape.choice(waits), choice, request.split)
 
 
 def places(count: int, pairs: int, choice: random.Random, depth: float | None) -> list[int]:

@@ -64,7 +64,11 @@ class Trainer:
         self.model = new_model(config.sizes, config.seed)
         self.model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
         use_fast_attention(self.model)
-        self.progress = checkpoint.load_progress(folder, weights, next(iter(config.stages)))
+        stages = list(config.stages)
+        self.progress = checkpoint.load_progress(folder, weights, stages[0])
+        name = self.progress.stage
+        if self.progress.stage_seconds >= config.stages[name].minutes * 60 and name != stages[-1]:
+            self.progress.begin(stages[stages.index(name) + 1])  # of weights whose curriculum ended there
         (folder / checkpoint.LOG).touch()
         self._trains_vision(self.progress.stage.startswith(LOOK))
         checkpoint.load(folder, weights, self.master)
