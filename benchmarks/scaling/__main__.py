@@ -4,6 +4,7 @@ python -m benchmarks.scaling --gpus 1       then 2 and 4, on a machine that has 
 python -m benchmarks.scaling --gpus 4 --only mm_sparse --chunk 131072 --minutes 4    one run, stored as it goes
 python -m benchmarks.scaling --show FILE    the table and the picture again, no GPU needed
 python -m benchmarks.scaling --predict FILE [--vision S] [--decode S --workers N]     the cost model, no GPU needed
+python -m benchmarks.scaling --predict FILE --out TABLE.txt    the same, kept
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,22 +21,37 @@ from benchmarks.common import Parser, results_of
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
 from benchmarks.scaling.model import M, prediction_table
-from benchmarks.scaling.parts import specs
+from benchmarks.scaling.parts import CONTESTANTS, ZIGZAG, specs, text_model
+from benchmarks.scaling.record import Run, take_up, with_run
 from benchmarks.scaling.report import plot, table
-from benchmarks.ttft.__main__ import gpus, run
+from benchmarks.scaling.text_model import make_text_model
+from benchmarks.ttft.__main__ import GRACE, gpus, run
 from benchmarks.ttft.model import LAYERS, make_model
 from benchmarks.ttft.parts import CHUNK
 
+AROUND = 20  # seconds of a call before its first run and after its last
+
 
 def main() -> int:
+    began = time.time()
     parser = Parser("benchmarks.scaling", __doc__)
     parser.add_argument("--gpus", type=int, help="default: all that are visible")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256 * K, 1024 * K], metavar="TOKENS")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of {LAYERS}; default: all")
     parser.add_argument("--chunk", type=int, default=CHUNK, metavar="TOKENS", help=f"default: {CHUNK}")
-    parser.add_argument("--only", nargs="+", default=["mm_sparse", "stock"], choices=["mm_sparse", "stock"])
-    parser.add_argument("--minutes", type=float, default=60, help="what would end later is left out; default: 60")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/scaling.json")
+    parser.add_argument(
+        "--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS,
+        help=f"default: all; {ZIGZAG} needs more GPUs than one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        help="of the whole call; what would not end by then is left out; default: 60",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/<gpu>/scaling.json; with --predict: the table, as text"
+    )
     parser.add_argument("--show", type=Path, metavar="FILE", help="table and picture of a stored record")
     parser.add_argument(
         "--predict", type=Path, metavar="FILE", help="the cost model beside a record, and for more GPUs"
@@ -51,9 +66,12 @@ def main() -> int:
     if options.predict is not None:
         held = json.loads(options.predict.read_text())
         try:
-            print(prediction_table(held, vision=options.vision / M, decode=options.decode / M, workers=options.workers))
+            text = prediction_table(held, vision=options.vision / M, decode=options.decode / M, workers=options.workers)
         except ValueError as error:
             parser.error(str(error))
+        print(text)
+        if options.out is not None:
+            options.out.write_text(text + "\n")
         return 0
     if options.show is not None:
         held = json.loads(options.show.read_text())
@@ -68,32 +86,31 @@ def main() -> int:
         parser.error(f"--gpus {count}: this machine shows {len(visible)}")
     if not 1 <= options.layers <= LAYERS:
         parser.error(f"--layers {options.layers}: needs 1 to {LAYERS}")
-    about, deadline = machine(), time.time() + options.minutes * 60
+    if count == 1 and options.only == [ZIGZAG]:
+        parser.error(f"--only {ZIGZAG}: needs more GPUs than one")
+    about = machine()
+    deadline = began + options.minutes * 60 - AROUND - GRACE  # a run that is late is ended GRACE after it
     out = options.out or results_of(about) / "scaling.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"about": about, "layers": options.layers, "runs": []}
-    if out.exists():
-        held = json.loads(out.read_text())
-        if held["about"]["commit"] == about["commit"] and held["layers"] == options.layers:
-            again = {(count, options.chunk, name) for name in options.only}
-            record["runs"] = [r for r in held["runs"] if (r["gpus"], r["chunk"], r["name"]) not in again]
-        else:
-            out.rename(out.with_stem(f"{out.stem}-{held['about']['commit']}-{held['layers']}"))
+    record, failed = take_up(out, about, options.layers), False
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_model(folder / f"{options.layers}-layers", layers=options.layers, positions=max(options.lengths) + 8192)
-        done = record["runs"]
-
-        def store(result: dict[str, Any]) -> None:
-            record["runs"] = [*done, result | {"gpus": count}]
-            out.write_text(json.dumps(record, indent=1))
-
+        size = {"layers": options.layers, "positions": max(options.lengths) + 8192}
+        model = make_model(folder / f"{options.layers}-layers", **size)
+        make_text_model(text_model(folder, options.layers), model, **size)
         for spec in specs(count, sorted(options.lengths), options.layers, options.chunk, options.only, folder):
-            store(run(spec | {"deadline": deadline}, folder, ",".join(visible[:count]), store))
-            done = record["runs"]
+            before, facts = record["runs"], {"gpus": count, "lengths": spec["lengths"]}
+
+            def store(result: Run, before: list[Run] = before, facts: Run = facts) -> None:
+                record["runs"] = with_run(before, result | facts)
+                out.write_text(json.dumps(record, indent=1))
+
+            result = run(spec | {"deadline": deadline}, folder, ",".join(visible[:count]), store)
+            store(result)
+            failed |= "error" in result
     print(table(record))
     plot(record, out.with_suffix(".png"))
-    return 1 if any("error" in r for r in record["runs"]) else 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,14 @@ def beside(record: dict[str, Any], given: Figures, links: Links) -> Iterator[tup
 def prediction_table(record: dict[str, Any], *, vision: float = 0.0, decode: float = 0.0, workers: int = 1) -> str:
     """What the model says of the record's own runs, then of 4 to 64 GPUs."""
     links, given = Links(), figures(record, vision=vision, decode=decode)
-    lines = [f"{'GPUs':>4} {'chunk':>5} {'tokens':>7} {'measured s':>10} {'model s':>8} {'model over':>10}"]
+    about = record["about"]
+    lines = [f"{about['gpu']}, commit {about['commit']}, {given.layers} layers; parallel/cost.py says what is assumed."]
+    lines.append(
+        f"Links: {links.gather / 1e9:.0f} GB/s into a GPU inside a host and {links.latency * 1e6:.0f} us an exchange "
+        f"(measured on four H200), {links.exchanges} exchanges a layer and chunk, {links.host / 1e9:.0f} GB/s between "
+        "hosts (not measured)."
+    )
+    lines += ["", f"{'GPUs':>4} {'chunk':>5} {'tokens':>7} {'measured s':>10} {'model s':>8} {'model over':>10}"]
     plain = figures(record)
     for run, tokens, measured, modelled in beside(record, plain, links):
         lines.append(

@@ -8,6 +8,13 @@ from typing import Any
 from benchmarks.ttft.parts import spec
 
 PART = "scaling"
+ZIGZAG = "stock:zigzag"
+CONTESTANTS = ("mm_sparse", "stock", ZIGZAG)  # a zigzag that hangs takes nothing but its own time
+
+
+def text_model(folder: Path, layers: int) -> Path:
+    """Where `make_text_model` writes zigzag's model."""
+    return folder / f"{layers}-layers-text"
 
 
 def specs(
@@ -15,17 +22,22 @@ def specs(
 ) -> list[dict[str, Any]]:
     """For benchmarks.ttft.child: mm_sparse over `gpus` ranks, with a profile of the longest prompt, and stock.
 
-    only: those of both that are wanted.
+    only: those of CONTESTANTS that are wanted.
 
-    Stock on several GPUs is tensor parallelism with FA3. Its own zigzag context parallelism does not serve
-    vision-language models (the runner embeds ids above the vocabulary), and Qwen2.5's attention is wrong under it.
+    Stock on several GPUs is tensor parallelism, and its own zigzag context parallelism, both with FA3. Zigzag does not
+    serve vision-language models (the runner embeds ids above the vocabulary), and Qwen2.5's attention is wrong under
+    it, so it runs a Qwen3 of the same shape. SGLang splits that one's attention by rows and, with rows gathered in
+    every layer, its MLP by weights.
     """
     ours, stock = (spec(PART, who, lengths, folder, layers=layers, chunk=chunk) for who in ("mm_sparse", "stock"))
+    zigzag = stock | {"name": ZIGZAG, "arguments": dict(stock["arguments"])}
     ours |= {"profile": lengths[-1], "repeats": 2}  # the first of a length compiles a few kernels
     if gpus > 1:
-        ours["arguments"] |= {
-            "tp_size": gpus, "attn_cp_size": gpus, "enable_prefill_cp": True, "cp_strategy": "interleave",
-            "mm_enable_dp_encoder": True, "cuda_graph_backend_prefill": "disabled",
+        spread = {
+            "tp_size": gpus, "attn_cp_size": gpus, "enable_prefill_cp": True,
+            "cuda_graph_backend_prefill": "disabled",  # SGLang cannot replay them here
         }  # fmt: skip
+        ours["arguments"] |= spread | {"cp_strategy": "interleave", "mm_enable_dp_encoder": True}
         stock["arguments"] |= {"tp_size": gpus}
-    return [one for one in (ours, stock) if one["name"] in only]
+        zigzag["arguments"] |= spread | {"cp_strategy": "zigzag", "model_path": str(text_model(folder, layers))}
+    return [one for one in (ours, stock, zigzag) if one["name"] in only and (gpus > 1 or one is not zigzag)]
