@@ -23,6 +23,7 @@ from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
 from mm_sglang.choice import check_engine, choose_engine
 from mm_sglang.compat.vision_slices import encode_in_slices
+from mm_sglang.compat.vision_slices import encode_in_slices
 from mm_sglang.config import SparseConfig
 from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.start import start_ranks
@@ -71,6 +72,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 raise ValueError(f"mm_sparse does not serve {what}: needs a launch without it")
 
         self.ranks = start_ranks(runner, self.config)
+        encode_in_slices(getattr(runner.model, "visual", None), self.ranks)
         encode_in_slices(getattr(runner.model, "visual", None), self.ranks)
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         mine = local_heads(heads, rank, size)

@@ -1,4 +1,4 @@
-"""Which rank encodes which frames of a batch's images and videos. Pure functions.
+"""Which rank encodes which frames of a batch's images and videos, and how many at a time. Pure functions.
 
 A vision tower looks at one frame at a time, so any frames can be any rank's. Each gets a run of neighbours: what the
 ranks made, one after another, is then in the batch's order.
@@ -57,3 +57,20 @@ def frame_shares(grids: Sequence[Sequence[int]], size: int) -> tuple[tuple[Frame
 def patches(grids: Sequence[Sequence[int]], share: Sequence[Frames]) -> int:
     """Patches of a rank's frames."""
     return sum((f.last - f.first) * grids[f.item][1] * grids[f.item][2] for f in share)
+
+
+def slices(grids: Sequence[Sequence[int]], share: Sequence[Frames], most: int) -> tuple[tuple[Frames, ...], ...]:
+    """A rank's frames in pieces, in order: each of at most `most` patches, or of one frame that has more."""
+    pieces: list[list[Frames]] = []
+    room = 0
+    for frames in share:
+        size, first = grids[frames.item][1] * grids[frames.item][2], frames.first
+        while first < frames.last:
+            if room < size:
+                pieces.append([])
+                room = max(most, size)
+            last = min(first + room // size, frames.last)
+            pieces[-1].append(Frames(item=frames.item, first=first, last=last))
+            room -= (last - first) * size
+            first = last
+    return tuple(tuple(piece) for piece in pieces)

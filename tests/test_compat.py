@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_every_hook_has_a_target_of_the_shape_it_expects(registered: dict[str, Any]) -> None:
     for module in (cp_body, cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, uint8_pixels, video_errors):
         module.install()
-    assert len(registered) == 12
+    assert len(registered) == 13
     for target, (hook, kind) in registered.items():
         original = list(inspect.signature(resolve_name(target)).parameters)
         ours = list(inspect.signature(hook).parameters)
@@ -183,6 +184,16 @@ class Part:
         return self.video  # type: ignore[attr-defined,no-any-return]
 
 
+class Tower(Part):
+    """A vision tower that says what it was given."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype=dtype, device=torch.device("cpu"))
+
+    def __call__(self, x: Any, grid_thw: Any) -> Any:
+        return x, grid_thw
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pixels_that_travelled_as_uint8_are_the_processors(architecture: str, tmp_path: Path) -> None:
     """Bit for bit, for an image that is resized and a video, in fp32 and rounded to bf16."""
@@ -208,10 +219,20 @@ def test_pixels_that_travelled_as_uint8_are_the_processors(architecture: str, tm
 
         asyncio.run(uint8_pixels._process(made, sglangs))
         for dtype in (torch.float32, torch.bfloat16):
-            model = Part(visual=Part(dtype=dtype, device=torch.device("cpu")))
-            seen = uint8_pixels._feature(lambda self, items: items[0].feature, model, [item])
-            assert torch.equal(seen, want.to(dtype))
+            model = Part(visual=Tower(dtype), use_data_parallel=False)
+            item.video_grid_thw = item.image_grid_thw = torch.tensor([[1, 2, 4], [1, 4, 4]])
+            seen, grid = uint8_pixels._feature(lambda *given: None, model, [item, item])
+            assert torch.equal(seen[:], torch.cat([want, want]).to(dtype)) and len(seen) == 2 * len(want)
+            assert torch.equal(seen[3:7], want[3:7].to(dtype)) and torch.equal(seen.to(dtype=dtype), seen[:])
+            across = slice(len(want) - 2, len(want) + 3)
+            assert torch.equal(seen[across], torch.cat([want[-2:], want[:3]]).to(dtype)) and len(grid) == 4
+            other: Any = Part(feature=torch.zeros(2, 3))  # not ours: SGLang's own way for the batch
+            seen = uint8_pixels._feature(lambda self, items: [i.feature for i in items], model, [item, other])
+            assert torch.equal(seen[0], want.to(dtype)) and seen[1] is other.feature
         assert item.feature is got  # a later chunk encodes it again
+        original = Mock()
+        uint8_pixels._move(original, [item, other], "device", "function")
+        original.assert_called_once_with([other], "device", "function")
 
 
 def test_pixels_stay_as_they_are_elsewhere() -> None:

@@ -5,10 +5,12 @@ Why: Qwen-VL's processors hand out patches as normalised fp32, 18.8 GB for a vid
 How: AROUND `QwenVLImageProcessor.__init__` (mm_sparse, the models below, features sent over the CPU): the image and
     the video processor neither rescale nor normalise, so that their patches stay uint8; AROUND
     `.process_mm_data_async`: items with uint8 patches say by what to normalise them. AROUND `get_image_feature` and
-    `get_video_feature` of Qwen2.5-VL and Qwen3-VL: it is done there, on the tower's device, by the same fp32 operations
-    in the same order, so the bits are the processor's.
-Upstream: sglang/srt/multimodal/processors/qwen_vl.py, sglang/srt/models/qwen2_5_vl.py, qwen3_vl.py;
-    transformers/image_processing_backends.py rescale_and_normalize.
+    `get_video_feature` of Qwen2.5-VL and Qwen3-VL: the tower gets them as they are and a slice's frames are normalised
+    when it takes them (vision_slices.py), on its device, by the same fp32 operations in the same order, so the bits are
+    the processor's. AROUND `_move_items_to_device`: until then they stay in the host's memory, of which SGLang would
+    copy a million tokens' 4.9 GB to every rank's GPU and back.
+Upstream: sglang/srt/multimodal/processors/qwen_vl.py, sglang/srt/models/qwen2_5_vl.py, qwen3_vl.py,
+    sglang/srt/managers/mm_schedule.py; transformers/image_processing_backends.py rescale_and_normalize.
 Versions: 0.5.23. Remove when SGLang sends pixels as uint8.
 """
 
@@ -83,12 +85,51 @@ async def _process(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     return made
 
 
+class Pixels:
+    """uint8 patches of items, one after another. Rows that are sliced out come normalised, on the tower's device."""
+
+    def __init__(self, items: Sequence[Any], tower: Any) -> None:
+        self.items, self.tower = items, tower
+
+    def __len__(self) -> int:
+        return sum(len(item.feature) for item in self.items)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        first, last, _ = rows.indices(len(self))
+        parts, start = [], 0
+        for item in self.items:
+            part = item.feature[max(first - start, 0) : max(last - start, 0)]
+            if len(part):
+                parts.append(normalised(part, item.model_specific_data[NORM], self.tower))
+            start += len(item.feature)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What a tower that is not run in slices begins with."""
+        return self[:]
+
+
+def _is_packed(item: Any) -> bool:
+    return isinstance(item.feature, torch.Tensor) and item.feature.dtype == torch.uint8
+
+
+def _move(original: Callable[..., Any], items: list[Any], device: Any, data_embedding_func: Any) -> None:
+    original([item for item in items if not _is_packed(item)], device, data_embedding_func)
+
+
 def _feature(original: Callable[..., Any], self: Any, items: list[Any]) -> Any:
-    return original(self, [_unpacked(item, self.visual) for item in items])
+    from sglang.srt.runtime_context import get_parallel
+
+    by_items = self.use_data_parallel and get_parallel().attn_tp_size > 1  # SGLang's own sharing takes them apart
+    if by_items or not all(map(_is_packed, items)):
+        return original(self, [_unpacked(item, self.visual) for item in items])
+    kind = "video_grid_thw" if items[0].is_video() else "image_grid_thw"
+    grid = torch.cat([getattr(item, kind) for item in items])
+    return self.visual(Pixels(items, self.visual), grid_thw=grid)
 
 
 def _unpacked(item: Any, tower: Any) -> Any:
-    if not isinstance(item.feature, torch.Tensor) or item.feature.dtype != torch.uint8:
+    if not _is_packed(item):
         return item
     own = copy.copy(item)
     own.feature = normalised(item.feature, item.model_specific_data[NORM], tower)
@@ -101,6 +142,7 @@ def install() -> None:
     processor = "sglang.srt.multimodal.processors.qwen_vl.QwenVLImageProcessor"
     HookRegistry.register(f"{processor}.__init__", _init, HookType.AROUND)
     HookRegistry.register(f"{processor}.process_mm_data_async", _process, HookType.AROUND)
+    HookRegistry.register("sglang.srt.managers.mm_schedule._move_items_to_device", _move, HookType.AROUND)
     for model in MODELS:
         for kind in ("image", "video"):
             HookRegistry.register(f"sglang.srt.models.{model}.get_{kind}_feature", _feature, HookType.AROUND)

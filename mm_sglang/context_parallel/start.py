@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.runtime_context import get_mm, get_parallel, get_schedule
 
-from mm_sglang.compat import cp_body, cp_inputs, cp_strategy, cp_vision
+from mm_sglang.compat import cp_body, cp_inputs, cp_strategy
 from mm_sglang.config import SparseConfig
 from mm_sglang.context_parallel.collectives import Ranks
 from mm_sglang.context_parallel.strategy import KIND, BlockStrategy
@@ -44,7 +44,6 @@ def start_ranks(runner: ModelRunner, config: SparseConfig) -> Ranks | None:
     ranks = Ranks(rank=parallel.attn_cp_rank, size=size, group=group.device_group, cpu_group=group.cpu_group)
     cp_inputs.install(runner.model)
     cp_body.wrap_forward(runner.model.model)
-    cp_vision.share_frames(runner.model.visual, ranks)
     cp_strategy.install(BlockStrategy(ranks, parallel.cp_strategy, torch.device(runner.device)))
     log.info("mm_sparse: prefills spread over %d ranks by %s of 128 tokens", size, KIND[parallel.cp_strategy])
     return ranks
