@@ -10,6 +10,8 @@ from pathlib import Path
 from mm_sglang import __version__
 from mm_sglang.jobs.arguments import add_job_run, job_run
 
+PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # of bad input
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code."""
@@ -66,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--families", nargs="+", metavar="NAME", help="patterns it may choose, by their names in its report "
         "(default: all of them)",
     )  # fmt: skip
+    search.add_argument(
+        "--max-video-tokens", type=int, metavar="N",
+        help="take the videos as serve --max-video-tokens N will (default: SGLang's limits, about 115000 tokens)",
+    )  # fmt: skip
 
     report = commands.add_parser("report", help="one HTML page of what a search chose")
     report.add_argument("config", type=Path, metavar="FILE.yaml", help="written by mm-sglang search")
@@ -118,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             run_search(
                 options.model, options.videos, options.out, target=options.density, device=device,
-                families=options.families or EVERY,
+                families=options.families or EVERY, max_video_tokens=options.max_video_tokens,
             )  # fmt: skip
             print(f"{options.out}: hand it to mm-sglang serve --sparse-config")
             return 0
@@ -127,6 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return print_check()
     except KeyboardInterrupt:
         return 130
-    except (ValueError, RuntimeError) as error:  # bad input, or a server that did not start
+    except (ValueError, RuntimeError, OSError) as error:  # bad input, a server that did not start, a full disk
         print(f"mm-sglang {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, (ValueError, *PATHS)) else 1

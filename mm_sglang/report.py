@@ -11,6 +11,7 @@ from typing import Any
 from mm_sglang.config import SparseConfig
 from mm_sglang.report_maps import pictures
 from mm_sglang.search.candidates import FAMILIES
+from mm_sglang.settings_file import write_whole
 
 # One colour a family, kin near each other: slashes blue, grids red to yellow.
 COLOURS = {
@@ -43,16 +44,10 @@ def report(config: Path, out: Path) -> None:
     """Write the page for a file that `mm-sglang search` made.
 
     Raises:
-        ValueError: settings that no search wrote, since they say nothing of their heads.
+        ValueError: settings that no search wrote, since they say nothing of their heads, or maps that are none.
     """
     told = SparseConfig.from_yaml(config).provenance
-    heads = told.get("heads")
-    if not heads:
-        raise ValueError(f"{config}: holds no figures of its heads: needs a file that mm-sglang search has written")
-    layers = {int(layer): {int(h): cell for h, cell in cells.items()} for layer, cells in heads.items()}
-    unknown = {cell["family"] for cells in layers.values() for cell in cells.values()} - set(FAMILIES)
-    if unknown:
-        raise ValueError(f"{config}: unknown family {sorted(unknown)[0]!r}: needs one of {tuple(FAMILIES)}")
+    layers = _told_layers(config, told)
     body = [f"<h1>{html.escape(str(told.get('model', config.stem)))}</h1>", _summary(told, layers), _families(layers)]
     body += [_shaded(layers, measure) for measure in SHADES]
     body.append(pictures(config, layers))
@@ -60,8 +55,29 @@ def report(config: Path, out: Path) -> None:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.name)}</title>'
         f"<style>{STYLE}</style><body>{''.join(body)}</body></html>"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_whole(out, page)
+
+
+def _told_layers(config: Path, told: Mapping[str, Any]) -> Layers:
+    """Figures by layer and head; ValueError if anything that the page shows is missing."""
+    missing = [name for name in ("heads", "videos", "tokens", "density") if not told.get(name)]
+    if missing:
+        raise ValueError(
+            f"{config}: holds no {' and no '.join(missing)} in its provenance: needs a file that mm-sglang search "
+            "has written"
+        )
+    try:
+        layers = {int(layer): {int(h): cell for h, cell in cells.items()} for layer, cells in told["heads"].items()}
+        every = [
+            (cell["family"], *(float(cell[name]) for name in SHADES)) for c in layers.values() for cell in c.values()
+        ]
+        float(told["density"]), list(zip(told["videos"], told["tokens"], strict=True))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: provenance is not as mm-sglang search writes it ({error!r})") from error
+    unknown = {str(family) for family, *_ in every} - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"{config}: unknown family {sorted(unknown)[0]!r}: needs one of {tuple(FAMILIES)}")
+    return layers
 
 
 Layers = Mapping[int, Mapping[int, Mapping[str, Any]]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mm_sglang.search.maps import CELLS, FACTORS, KINDS, maps_file
+from mm_sglang.search.maps import CELLS, FACTORS, KINDS, maps_file, read_maps
 
 SIDE = 5  # pixels of a cell
-HEADS_A_FAMILY = 2
 TINT = np.array([242, 142, 43])
 BOUNDARY, FRAME = np.array([40, 90, 200]), np.array([170, 190, 230])
 
@@ -27,32 +25,17 @@ def pictures(config: Path, layers: Mapping[int, Mapping[int, Mapping[str, Any]]]
     path = maps_file(config)
     if not path.is_file():
         return ""
-    with np.load(path) as stored:
-        told, curve = json.loads(str(stored["told"])), stored["curve"]
-        maps = {layer: stored[f"layer_{layer}"] for layer in layers if f"layer_{layer}" in stored}
-    shown = [_head(layer, head, layers[layer][head], maps[layer][head], told) for layer, head in _chosen(layers, maps)]
+    told, curve, maps = read_maps(path)
+    try:
+        shown = [_head(layer, head, layers[layer][head], one, told) for (layer, head), one in maps.items()]
+    except KeyError as error:
+        raise ValueError(f"{path}: of other heads than {config}: delete it, or search again") from error
     legend = (
-        f"<p>The first prompt of the search, {told['tokens']} tokens, queries downwards, keys to the right. Dark: "
+        f"<p>The longest prompt of the search, {told['tokens']} tokens, queries downwards, keys to the right. Dark: "
         f"attention (logarithmic). Orange: computed. Lines: where images and videos begin and end, and their frames. "
         f"Right: the same after the head's permutation. For each pattern the head of least and of most recall.</p>"
     )
     return f"<h2>Attention and tiles</h2>{legend}{''.join(shown)}<h2>What budgets buy</h2>{_curve(curve)}"
-
-
-def _chosen(layers: Mapping[int, Mapping[int, Mapping[str, Any]]], maps: Mapping[int, Any]) -> list[tuple[int, int]]:
-    """Of each family the heads of least and of most recall."""
-    families: dict[str, list[tuple[float, int, int]]] = {}
-    for layer in maps:
-        for head, cell in layers[layer].items():
-            families.setdefault(str(cell["family"]), []).append((float(cell["recall"]), layer, head))
-    out = []
-    for heads in families.values():
-        ordered = sorted(heads)
-        out += [
-            (layer, head)
-            for _, layer, head in (ordered if len(ordered) <= HEADS_A_FAMILY else (ordered[0], ordered[-1]))
-        ]
-    return out
 
 
 def _head(layer: int, head: int, cell: Mapping[str, Any], maps: npt.NDArray[np.uint8], told: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from mm_sglang.cli import main
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.layout import VIDEO, TokenLayout, VisionItem
 from mm_sglang.kernels.patterns import head_pattern
-from mm_sglang.search.maps import CELLS, layer_curve, layer_maps, write_maps
+from mm_sglang.search.maps import CELLS, layer_curve, layer_maps, maps_file, shown_heads, write_maps
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -57,8 +57,11 @@ def test_the_page_holds_every_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"heads": {}}, "holds no figures of its heads: needs a file that mm-sglang search has written"),
-        ({"heads": {0: {0: {"family": "zigzag"}}}}, "unknown family 'zigzag'"),
+        ({"heads": {}}, "holds no heads in its provenance: needs a file that mm-sglang search has written"),
+        ({"videos": None, "tokens": None}, "holds no videos and no tokens in its provenance"),
+        ({"heads": {0: {0: {"family": "a_shape", "error": 0.1, "density": 0.1}}}}, "KeyError('recall')"),
+        ({"tokens": [1, 2]}, "provenance is not as mm-sglang search writes it"),
+        ({"heads": {0: {0: {"family": "zigzag", "error": 0, "recall": 0, "density": 0}}}}, "unknown family 'zigzag'"),
     ],
 )
 def test_what_no_search_wrote_is_refused(
@@ -79,7 +82,7 @@ def test_maps_show_attention_and_the_tiles_over_it(tmp_path: Path) -> None:
     )
     grid = {"pattern": "grid", "lines": 1, "stride": "frame", "horizontal": False, "text": False}
     patterns = [head_pattern(grid | {"sink": 128, "local": 128}), head_pattern({"pattern": "dense"})]
-    maps = layer_maps(q, k, layout, patterns, 0.125, engine("reference"))
+    maps = layer_maps(q, k, layout, patterns, 0.125, engine("reference"), range(heads))
     assert maps.shape == (heads, 4, CELLS, CELLS)
     lower = torch.ones(CELLS, CELLS).tril(-8).bool().numpy()
     assert (maps[1, 1][lower] == 255).all() and (
@@ -94,8 +97,26 @@ def test_maps_show_attention_and_the_tiles_over_it(tmp_path: Path) -> None:
     assert [p[0] for p in curve] == sorted(p[0] for p in curve) and curve[-1][1] >= curve[0][1]
 
     config = write(tmp_path / "x.yaml")
-    write_maps(config, {0: maps, 1: maps}, [curve, curve], layout)
+    shown = shown_heads(yaml.safe_load(config.read_text())["provenance"]["heads"])
+    write_maps(config, {(layer, head): maps[head] for layer, head in shown}, [curve, curve], layout)
     assert main(["report", str(config)]) == 0
     page = Page((tmp_path / "x.html").read_text())
     images = [link for link in page.links if link.startswith("data:image/png;base64,")]
-    assert len(images) == len(page.links) == 2 * 3  # both grid heads of extremes and the only 2d one, before and after
+    assert (
+        len(shown) == 3 and len(images) == len(page.links) == 2 * 3
+    )  # both grid heads of extremes and the only 2d one, before and after
+
+
+def test_half_a_maps_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path / "x.yaml")
+    maps_file(config).write_bytes(b"PK\x03\x04 and no more")
+    assert main(["report", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "x.maps.npz: no maps of a search" in said and len(said.splitlines()) == 1
+    assert main(["report", str(tmp_path / "missing.yaml")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_out_that_is_a_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(write(tmp_path / "x.yaml")), "--out", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -36,18 +36,20 @@ STEPS, REACH = 7, 6.0  # of bisection for a family's budgets, over a factor of 2
 
 
 def at_density(
-    family: str, target: float, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, ops: Ops
-) -> HeadPattern:
+    family: str, target: float, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float, ops: Ops,
+    tail: int = 0,
+) -> HeadPattern:  # fmt: skip
     """The family's recipe with budgets so large that all heads together compute about `target` of the causal tiles.
 
     Args:
-        q: [Nq, H, D], k: [Nk, Hkv, D] of a layer; target: share of dense attention's tiles.
+        q: [Nq, H, D], k: [Nk, Hkv, D] of a layer; target: share of dense attention's tiles; tail: of `make_plan`, whose
+            tiles count.
     """
     base = head_pattern(FAMILIES[family])
 
     def of(factor: float) -> float:
         patterns = [base.scaled(factor)] * q.shape[1]
-        return density(make_plan(q, k, layout=layout, patterns=patterns, scale=scale, ops=ops))
+        return density(make_plan(q, k, layout=layout, patterns=patterns, scale=scale, ops=ops, tail=tail))
 
     return base.scaled(largest_factor(of, target, STEPS, REACH))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.layout import layout_from_processor, require_known_architecture
+from mm_sglang.search.videos import sampled_frames
 
 NAME = "mm_sglang_search"
 # layer, q, k, v [N, heads, D], scale -> attention's output [N, H, D], or None: dense attention then
@@ -23,11 +23,10 @@ class Captured:
     """A model of a known architecture with its processor, on `device`."""
 
     def __init__(self, model: str, device: str) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        config = AutoConfig.from_pretrained(model)
-        require_known_architecture(config.architectures)
+        config = known_config(model)
         name = f"{NAME}_{id(self):x}"  # the table is transformers' own: a second model must not take the first one's
         ALL_ATTENTION_FUNCTIONS.register(name, self._attention)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -66,14 +65,14 @@ class Captured:
         )
         return out.transpose(1, 2).contiguous(), None
 
-    def prompt(self, video: Path) -> tuple[Any, TokenLayout]:
-        """The processor's output for the video and a question, and its layout."""
+    def prompt(self, video: Path, limits: Mapping[str, Any]) -> tuple[Any, TokenLayout]:
+        """The processor's output for the video and a question, and its layout; limits: see `sampled_frames`."""
         content = [{"type": "video", "video": str(video)}, {"type": "text", "text": QUESTION}]
         text = self.processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], chat_template=self.processor.chat_template, tokenize=False,
             add_generation_prompt=True,
         )  # fmt: skip
-        frames, metadata = sampled_frames(video)
+        frames, metadata = sampled_frames(video, limits)
         options: dict[str, Any] = {}
         if "Qwen3" in type(self.processor).__name__:
             options = {"video_metadata": [[metadata]], "do_sample_frames": False}
@@ -119,16 +118,13 @@ class Captured:
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def sampled_frames(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The frames that SGLang would sample from an mp4, [T, C, H, W], and their metadata."""
-    from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
-    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+def known_config(model: str) -> Any:
+    """transformers' configuration of a folder or name; ValueError if there is none, or of an unknown architecture."""
+    from transformers import AutoConfig
 
-    if not path.is_file():
-        raise ValueError(f"video {path}: no such file")
-    if not torch.cuda.is_available():
-        from mm_sglang.compat import cpu_pin_memory
-
-        cpu_pin_memory.install()
-    frames, metadata = asyncio.run(preprocess_video(VideoDecoderWrapper(path.read_bytes())))
-    return frames, metadata
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"model {model}: {' '.join(str(error).split())[:200]}") from error
+    require_known_architecture(config.architectures)
+    return config

@@ -6,7 +6,9 @@ Legend: H query heads, N tokens, C = CELLS cells a side, each of N / C tokens in
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mm_sglang.config import TEXT_TAIL
 from mm_sglang.kernels.inspection import density, tile_map
 from mm_sglang.kernels.layout import IMAGE, VIDEO, TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
@@ -27,26 +30,44 @@ FLOOR = 4  # decades under 1 that a byte of attention spans
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the budgets, for the curve
 KINDS = ("attention", "tiles", "attention after permutation", "tiles after permutation")
 NAMES = {IMAGE: "image", VIDEO: "video"}
+HEADS_A_FAMILY = 2  # that a report shows
 Bytes = npt.NDArray[np.uint8]
 
 
+def shown_heads(told: Mapping[int, Mapping[int, Mapping[str, Any]]]) -> list[tuple[int, int]]:
+    """(layer, head) of those that a report shows: of each family the heads of least and of most recall."""
+    families: dict[str, list[tuple[float, int, int]]] = {}
+    for layer, heads in told.items():
+        for head, cell in heads.items():
+            families.setdefault(str(cell["family"]), []).append((float(cell["recall"]), layer, head))
+    shown: list[tuple[int, int]] = []
+    for found in families.values():
+        ordered = sorted(found)
+        ends = ordered if len(ordered) <= HEADS_A_FAMILY else [ordered[0], ordered[-1]]
+        shown += [(layer, head) for _, layer, head in ends]
+    return shown
+
+
 def layer_maps(
-    q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, patterns: Sequence[HeadPattern], scale: float, engine: Any
-) -> Bytes:
-    """uint8 [H, len(KINDS), C, C], queries down: attention is the logarithm of a cell's share of its queries' mass."""
-    plan = make_plan(q, k, layout=layout, patterns=patterns, scale=scale, ops=engine.ops())
-    out = np.zeros((q.shape[1], len(KINDS), CELLS, CELLS), np.uint8)
-    for head in range(q.shape[1]):
+    q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, patterns: Sequence[HeadPattern], scale: float, engine: Any,
+    heads: Sequence[int],
+) -> Bytes:  # fmt: skip
+    """uint8 [heads, len(KINDS), C, C], queries down: attention is the logarithm of a cell's share of its rows' mass."""
+    out = np.zeros((len(heads), len(KINDS), CELLS, CELLS), np.uint8)
+    if not heads:
+        return out
+    plan = make_plan(q, k, layout=layout, patterns=patterns, scale=scale, ops=engine.ops(), tail=TEXT_TAIL)
+    for place, head in enumerate(heads):
         groups = [group for group in plan.groups if any(head in row for row in group.heads)]
         main = max(groups, key=lambda group: group.query_tiles)
         prompt = torch.arange(len(q), device=q.device)
         queries, keys = (_order(main, head, of) for of in ("q", "k"))
-        out[head, 0] = _attention(q, k, head, prompt, prompt, scale)
-        out[head, 1] = _tiles(groups, head, len(q))
-        out[head, 2] = _attention(q, k, head, queries.to(q.device), keys.to(q.device), scale)
+        out[place, 0] = _attention(q, k, head, prompt, prompt, scale)
+        out[place, 1] = _tiles(groups, head, len(q))
+        out[place, 2] = _attention(q, k, head, queries.to(q.device), keys.to(q.device), scale)
         computed = (tile_map(main, head) > 0).float()[None, None]
         pooled = torch.nn.functional.adaptive_avg_pool2d(computed, (CELLS, CELLS))[0, 0]
-        out[head, 3] = (pooled * 255).round().byte().numpy()
+        out[place, 3] = (pooled * 255).round().byte().numpy()
     return out
 
 
@@ -101,7 +122,9 @@ def layer_curve(
     norm, points = float(exact.norm().sum()), []
     for factor in FACTORS:
         scaled = [pattern.scaled(factor) for pattern in patterns]
-        out, lse, plan = sparse_prefill(q, k, v, layout=layout, patterns=scaled, scale=scale, engine=engine)
+        out, lse, plan = sparse_prefill(
+            q, k, v, layout=layout, patterns=scaled, scale=scale, engine=engine, tail=TEXT_TAIL
+        )
         points.append([density(plan), float(exact.recall(lse).mean()), float(exact.error(out).sum()), norm])
     return points
 
@@ -112,14 +135,35 @@ def maps_file(config: Path) -> Path:
 
 
 def write_maps(
-    config: Path, layers: dict[int, Bytes], curves: Sequence[list[list[float]]], layout: TokenLayout
+    config: Path, maps: Mapping[tuple[int, int], Bytes], curves: Sequence[list[list[float]]], layout: TokenLayout
 ) -> None:
-    """Store maps by layer, the curve over all layers and where the prompt's items lie."""
+    """Store maps by layer and head, the curve over all layers and where the prompt's items lie; never half a file."""
     points = np.asarray(curves)  # [layers, factors, 4]
     error = np.sqrt(points[:, :, 2].sum(0) / points[:, :, 3].sum(0))
     curve = np.stack([points[:, :, 0].mean(0), points[:, :, 1].mean(0), error], 1)
     spans = [[NAMES[item.modality], *span] for item in layout.items for span in item.spans]
     frames = [int(at) for item in layout.items for at in item.positions()[:: item.frame_tokens]]
     told = json.dumps({"tokens": layout.length, "spans": spans, "frames": frames})
-    arrays: dict[str, Any] = {f"layer_{number}": maps for number, maps in layers.items()}
-    np.savez_compressed(maps_file(config), told=np.array(told), curve=curve, **arrays)
+    arrays: dict[str, Any] = {f"{layer} {head}": one for (layer, head), one in maps.items()}
+    path = maps_file(config)
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("wb") as file:  # a name of its own would get another ending from numpy
+        np.savez_compressed(file, told=np.array(told), curve=curve, **arrays)
+    os.replace(scratch, path)
+
+
+def read_maps(path: Path) -> tuple[dict[str, Any], npt.NDArray[np.float64], dict[tuple[int, int], Bytes]]:
+    """What `write_maps` stored: the prompt's items, the curve, and maps by layer and head.
+
+    Raises:
+        ValueError: a file that is none of its.
+    """
+    try:
+        with np.load(path) as stored:
+            told, curve = json.loads(str(stored["told"])), stored["curve"]
+            names = [tuple(int(n) for n in name.split()) for name in stored.files if name[0].isdigit()]
+            maps = {(layer, head): stored[f"{layer} {head}"] for layer, head in names}
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no maps of a search ({reason}): delete it, or search again") from error
+    return told, curve, maps

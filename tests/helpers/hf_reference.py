@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mm_sglang.demo.client import Part
-from mm_sglang.search.capture import sampled_frames
+from mm_sglang.search.videos import sampled_frames
 
 
 class HuggingFace:
