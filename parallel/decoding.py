@@ -1,13 +1,16 @@
 """Videos decoded and resized by Ray CPU actors: keyframe ranges at once, pixels as uint8 straight to whoever asked.
 
-Only paths, numbers of frames and errors go through Ray. A video's frames come over a hub of its own; an actor has no
-more than a few messages under way, and no more than two ranges an actor are being decoded.
+Only paths, numbers of frames and errors go through Ray. A video's frames come over a hub of its own, which answers each
+message: an actor has no more than two under way, knows when its last has arrived, and stops when nobody wants the rest.
+Of a video no more than two ranges an actor are asked for at a time. Several videos share the actors, which do what they
+are asked in order; so nothing here has a time limit. A gang that gets nowhere is its driver's to end (Patience.stall).
 """
 
 from __future__ import annotations
 
 import bisect
-import time
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
 
 Frames = npt.NDArray[np.uint8]  # [frames, height, width, 3]
 BATCH = 8  # frames of a message
-UNDER_WAY = 2  # messages that an actor may be ahead of its reader
+UNDER_WAY = 2  # messages of a range that its reader has not answered yet
 PARTS_AN_ACTOR = 4
-SILENCE_S = 60.0
 TICK_S = 0.1
+TAKEN, STOP = "taken", "stop"  # what a reader answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +58,27 @@ class Decoder:
         )  # fmt: skip
 
     def decode(self, path: str, wanted: list[int], at: int, size: tuple[int, int], hub: str, token: str) -> int:
-        """Send frames `wanted`, resized to `size`, as the result's frames from `at` on; returns how many."""
+        """Send frames `wanted`, resized to `size`, as the result's frames from `at` on; returns how many were taken."""
         reader = self._open(path)
-        peer = Peer(hub, token, f"frames from {at}", ahead=UNDER_WAY)
+        peer, sent, taken = Peer(hub, token, f"frames from {at}"), 0, 0
+        ends = range(0, len(wanted), BATCH)
         try:
-            for begin in range(0, len(wanted), BATCH):
-                try:
-                    frames = reader.get_batch(wanted[begin : begin + BATCH]).asnumpy()
-                except Exception as error:
-                    raise ValueError(f"the video is truncated or damaged: {_last_line(error)}") from error
-                peer.send("frames", wait=True, at=at + begin, data=resize(frames, size).tobytes())
+            while taken < len(ends):
+                if sent < len(ends) and sent - taken < UNDER_WAY:
+                    begin = ends[sent]
+                    try:
+                        frames = reader.get_batch(wanted[begin : begin + BATCH]).asnumpy()
+                    except Exception as error:
+                        raise ValueError(f"the video is truncated or damaged: {_last_line(error)}") from error
+                    peer.send("frames", wait=True, at=at + begin, data=resize(frames, size).tobytes())
+                    sent += 1
+                else:
+                    if (peer.receive() or {}).get("kind") == STOP:
+                        break
+                    taken += 1
         finally:
             peer.close()
-        return len(wanted)
+        return min(taken * BATCH, len(wanted))
 
     def _open(self, path: str) -> Any:
         from decord import VideoReader, cpu
@@ -98,19 +109,11 @@ class Decoders:
             .remote(hub, token, f"{name}.decoder{bundle - first}")
             for bundle in range(first, group.bundle_count)
         ]
+        self._turns = itertools.cycle(self.actors)
 
     def facts(self, path: str) -> VideoFacts:
-        import ray
-
-        try:
-            facts: VideoFacts = ray.get(self.actors[0].facts.remote(path), timeout=SILENCE_S)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except ray.exceptions.RayActorError:
-            self.on_death("a decoder ended (killed or crashed)")
-            raise
-        except ray.exceptions.GetTimeoutError as error:
-            raise RuntimeError(f"no decoder answers within {SILENCE_S:.0f} s") from error
+        asked = next(self._turns).facts.remote(path)
+        facts: VideoFacts = self._result(asked)
         return facts
 
     def decode(
@@ -122,40 +125,48 @@ class Decoders:
 
         result: Frames = np.empty((len(wanted), *size, 3), dtype=np.uint8)
         ranges = parts(wanted, facts.keyframes, PARTS_AN_ACTOR * len(self.actors))
-        hub, running, begun, there = Hub(host, ahead=UNDER_WAY), {}, 0, np.zeros(len(wanted), dtype=bool)
-        idle, last = [actor for actor in self.actors for _ in range(2)], time.monotonic()
+        hub, running, begun, there = Hub(host), {}, 0, np.zeros(len(wanted), dtype=bool)
+        idle = [actor for actor in self.actors for _ in range(2)]
         try:
             while not there.all():
                 while idle and begun < len(ranges):
                     actor, (at, those) = idle.pop(), ranges[begun]
                     running[actor.decode.remote(path, those, at, size, hub.address, hub.token)] = actor
                     begun += 1
-                for _, message in hub.receive(TICK_S):
+                for peer, message in hub.receive(TICK_S):
                     block = np.frombuffer(message["data"], dtype=np.uint8).reshape(-1, *size, 3)
                     result[message["at"] : message["at"] + len(block)] = block
                     there[message["at"] : message["at"] + len(block)] = True
-                    last = time.monotonic()
-                progress(int(there.sum()))
-                done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-                for each in done:
-                    self._raise_cause(each)
+                    hub.send(peer, {"kind": TAKEN})
+                    progress(int(there.sum()))
+                for each in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+                    self._result(each)
                     idle.append(running.pop(each))
-                if time.monotonic() - last > SILENCE_S:
-                    raise RuntimeError(f"the decoders said nothing for {SILENCE_S:.0f} s")
         finally:
-            hub.close()
+            threading.Thread(target=_turn_away, args=(hub, list(running)), daemon=True).start()
         return result
 
-    def _raise_cause(self, finished: Any) -> None:
+    def _result(self, asked: Any) -> Any:
         import ray
 
         try:
-            ray.get(finished)
+            return ray.get(asked)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayActorError:
             self.on_death("a decoder ended (killed or crashed)")
             raise
+
+
+def _turn_away(hub: Hub, running: list[Any]) -> None:
+    """Close the hub once nobody sends to it any more: an actor whose reader is gone would wait for it for ever."""
+    import ray
+
+    while running:
+        for peer, _ in hub.receive(TICK_S):
+            hub.send(peer, {"kind": STOP})
+        running = ray.wait(running, num_returns=len(running), timeout=0)[1]
+    hub.close()
 
 
 def parts(wanted: Sequence[int], keyframes: Sequence[int], count: int) -> list[tuple[int, list[int]]]:

@@ -86,10 +86,23 @@ def host_for_messages() -> str:
 
 
 def place(gpus: int, cpus: int, name: str) -> PlacementGroup:
-    """One-GPU bundles, then one-CPU bundles, inside one host if any host has that many of both."""
-    fits = any(host.get("GPU", 0) >= gpus and host.get("CPU", 0) >= cpus for host in answering().values())
+    """One-GPU bundles, then one-CPU bundles, inside one host if one has that many of both free, else over several.
+
+    Counted by what is free: a host whose GPUs somebody else has would be waited for, though others have enough.
+    """
+    there = answering()
+    free = [host for node, host in _free().items() if node in there]
+    fits = any(host.get("GPU", 0) >= gpus and host.get("CPU", 0) >= cpus for host in free)
     bundles = [{"GPU": 1.0}] * gpus + [{"CPU": 1.0}] * cpus
     return placement_group(bundles, strategy="STRICT_PACK" if fits else "PACK", name=name)
+
+
+def _free() -> dict[str, dict[str, float]]:
+    """What each node has to give away."""
+    from ray._private.state import available_resources_per_node  # Ray's public function adds the nodes up
+
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    return free
 
 
 def no_place(group: PlacementGroup) -> str:

@@ -45,13 +45,12 @@ class Hub:
 
     Args:
         host: loopback or a private address of this machine.
-        ahead: messages a peer may have here that are not yet taken.
 
     Raises:
         ValueError: an address that others than the cluster can reach.
     """
 
-    def __init__(self, host: str, *, ahead: int = 1000) -> None:
+    def __init__(self, host: str) -> None:
         if not ipaddress.ip_address(host).is_private:  # loopback counts as private
             raise ValueError(f"address {host}: needs loopback or a private one, messages are not encrypted")
         self.token = secrets.token_hex(16)
@@ -60,7 +59,6 @@ class Hub:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, LARGEST)
-        self._socket.setsockopt(zmq.RCVHWM, ahead)
         self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
 
     def receive(self, wait_s: float) -> Iterator[tuple[str, Message]]:
@@ -84,15 +82,14 @@ class Hub:
 
 
 class Peer:
-    """One process's end, named `name`; any thread may send, one may receive. `ahead`: messages not yet taken."""
+    """One process's end, named `name`; any thread may send, one may receive."""
 
-    def __init__(self, address: str, token: str, name: str, *, ahead: int = 1000) -> None:
+    def __init__(self, address: str, token: str, name: str) -> None:
         self._token = token
         self._lock = threading.Lock()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, name.encode())
-        self._socket.setsockopt(zmq.SNDHWM, ahead)
         self._socket.connect(address)
 
     def send(self, kind: str, *, wait: bool = False, **fields: Any) -> None:
@@ -105,4 +102,5 @@ class Peer:
         return _unpack(self._token, self._socket.recv())
 
     def close(self) -> None:
+        """What a hub has not taken a second later is lost: whoever must know that it arrived waits for an answer."""
         self._context.destroy(linger=FLUSH_MS)

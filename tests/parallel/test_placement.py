@@ -66,6 +66,28 @@ def test_decoders_get_their_gpus_share(
     assert placement.decoder_cpus(gpus, replicas) == cpus
 
 
+@pytest.mark.parametrize(
+    ("free", "strategy"),
+    [
+        ([(1, 2), (1, 2)], "PACK"),  # each host has a GPU that somebody else uses
+        ([(1, 2), (2, 2)], "STRICT_PACK"),
+        ([(2, 0), (2, 1)], "PACK"),
+        ([(2, 2), (0, 0)], "STRICT_PACK"),
+    ],
+)
+def test_a_gang_stays_inside_a_host_that_has_room_now(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, free: list[tuple[int, int]], strategy: str
+) -> None:
+    cluster((2, 2, True), (2, 2, True), (2, 2, False))
+    counted = [*free, (2, 2)]  # Ray still counts the host that is gone
+    left = {str(number): {"GPU": float(gpus), "CPU": float(cpus)} for number, (gpus, cpus) in enumerate(counted)}
+    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: left)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, **options: asked.update(options, bundles=bundles))
+    placement.place(2, 2, "x")
+    assert asked["strategy"] == strategy and len(asked["bundles"]) == 4
+
+
 def test_what_is_missing_is_counted_on_nodes_that_answer(cluster: Cluster) -> None:
     group: Any = SimpleNamespace(bundle_specs=[{"GPU": 1.0}, {"GPU": 1.0}, {"CPU": 1.0}])
     cluster((2, 2, True), (2, 2, False), free_gpus=4, free_cpus=1)
