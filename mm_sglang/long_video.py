@@ -11,25 +11,19 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.memory import Needs, count, embedding_bytes, require_room, static_fraction
 
 TEXT = 32768  # tokens of text a prompt may have beside its video
 # Of a rank: within 10% of 128K at a million tokens for 17 GB less (README); an MLP's memory grows with it. Context-
 # parallel ranks share a chunk, and what each of them repeats (selecting, copying keys) costs once a chunk.
 CHUNK = 32768
-LEAST_PER_FRAME = 128  # tokens that SGLang's smallest frame has; a token lasts two frames
+LEAST_PER_FRAME = 128  # tokens that a frame has where a video has as many as it may; a token lasts two frames
+STAMP = 12  # tokens of text that Qwen3-VL has before each, "<1234.5 seconds>"
 MEDIA_MB = 8192
 WATCHDOG_S = 3600
-ELEMENT = 2  # bytes of bf16
-
-
-def embedding_bytes(tokens: int, text: Any, vision: Any) -> int:
-    """Of the vision tower's output for `tokens` tokens; Qwen3-VL's holds one more for each of some layers."""
-    streams = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    return tokens * int(text.hidden_size) * streams * ELEMENT
 
 
 def encoded_again(layout: TokenLayout, chunk: int, text: Any, vision: Any, cache_mb: int) -> str | None:
@@ -50,28 +44,6 @@ def encoded_again(layout: TokenLayout, chunk: int, text: Any, vision: Any, cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
-    """GPU memory in bytes on each rank, for one prompt of `tokens` tokens."""
-
-    tokens: int
-    weights: int
-    keys_and_values: int
-    embedding: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.keys_and_values + self.embedding + self.activations
-
-    def __str__(self) -> str:
-        parts = {
-            "weights": self.weights, "KV cache": self.keys_and_values, "vision embedding": self.embedding,
-            "activations of a chunk": self.activations,
-        }  # fmt: skip
-        return f"{self.tokens} tokens need " + " + ".join(f"{v / 1e9:.1f} GB {k}" for k, v in parts.items())
-
-
-@dataclass(frozen=True, kw_only=True)
 class LongVideo:
     """Flags and environment for `sglang serve`, and what they will use."""
 
@@ -80,15 +52,20 @@ class LongVideo:
     needs: Needs
 
 
-def long_video(model: str, tokens: int, *, ranks: int = 1, spread: int = 1) -> LongVideo:
+def long_video(
+    model: str, tokens: int, *, ranks: int = 1, spread: int = 1, chunk: int | None = None, free: int | None = None,
+    fraction: float | None = None,
+) -> LongVideo:  # fmt: skip
     """For videos of up to `tokens` tokens after the vision tower's merging.
 
     Args:
         model: folder or Hugging Face name, of a known architecture.
         ranks: tensor parallel size; spread: context-parallel ranks, each with all weights, keys and values.
+        chunk, fraction: --chunked-prefill-size and --mem-fraction-static, where the user gives them.
+        free: bytes of the server's GPU; None: not known here.
 
     Raises:
-        ValueError: fewer than 1024 tokens, or a model whose configuration can't be read.
+        ValueError: fewer than 1024 tokens, a model whose configuration can't be read, or too little memory.
     """
     if tokens < 1024:
         raise ValueError(f"--max-video-tokens {tokens}: needs at least 1024")
@@ -100,48 +77,41 @@ def long_video(model: str, tokens: int, *, ranks: int = 1, spread: int = 1) -> L
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"--max-video-tokens: model {model}: {' '.join(str(error).split())[:200]}") from error
     side = vision.patch_size * vision.spatial_merge_size
-    frames = max(768, 2 * tokens // LEAST_PER_FRAME)
-    embedding = embedding_bytes(tokens, text, vision)
-    process = {"video": {"fps": 2, "max_frames": frames, "total_pixels": tokens * side * side}}
-    return LongVideo(
-        flags={
-            "--context-length": str(tokens + TEXT),
-            "--chunked-prefill-size": str(CHUNK * spread),
-            "--max-prefill-tokens": str(CHUNK * spread),
-            "--mm-process-config": json.dumps(process),
-            "--media-url-max-file-size-mb": str(MEDIA_MB),
-            "--watchdog-timeout": str(WATCHDOG_S),
-        },
-        environment={
-            "SGLANG_VLM_CACHE_SIZE_MB": str(math.ceil(embedding / (1 << 20)) + 64),
-            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-        },
-        needs=_needs(model, text, tokens + TEXT, embedding, ranks, spread),
+    pairs = tokens // LEAST_PER_FRAME
+    context = tokens + TEXT + (STAMP * pairs if config.model_type == "qwen3_vl" else 0)
+    chunk = CHUNK * spread if chunk is None else chunk if chunk > 0 else context
+    cache_mb = math.ceil(embedding_bytes(tokens, text, vision) / (1 << 20)) + 64
+    needs = count(
+        model, config, context, tokens, chunk=min(chunk, context), cache=cache_mb << 20, ranks=ranks, spread=spread
     )
+    flags = {
+        "--context-length": str(context),
+        "--chunked-prefill-size": str(chunk),
+        "--max-prefill-tokens": str(chunk),
+        "--mm-process-config": json.dumps({"video": video_limits(tokens, side)}),
+        "--media-url-max-file-size-mb": str(MEDIA_MB),
+        "--watchdog-timeout": str(WATCHDOG_S),
+    }
+    if free is not None:
+        require_room(needs, free, fraction)
+        flags["--mem-fraction-static"] = str(static_fraction(needs, free))
+    environment = {"SGLANG_VLM_CACHE_SIZE_MB": str(cache_mb), "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    return LongVideo(flags=flags, environment=environment, needs=needs)
 
 
-def _needs(model: str, text: Any, tokens: int, embedding: int, ranks: int, spread: int) -> Needs:
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = max(text.num_key_value_heads // ranks, 1)
-    # Queries and output of the whole chunk, of which a rank computes its own rows
-    shared = 2 * CHUNK * ELEMENT * text.num_attention_heads * head_dim * spread if spread > 1 else 0
-    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
-    return Needs(
-        tokens=tokens,
-        weights=weights // ranks,
-        keys_and_values=2 * text.num_hidden_layers * heads * head_dim * ELEMENT * tokens,
-        embedding=embedding,
-        # gate and up, their product, and the residual stream before and after
-        activations=CHUNK * ELEMENT * (3 * text.intermediate_size // ranks + 4 * text.hidden_size) + shared,
-    )
+def video_limits(tokens: int, side: int) -> dict[str, Any]:
+    """--mm-process-config's "video", by which no video has more than `tokens` tokens of `side` x `side` pixels.
 
-
-def require_room(needs: Needs, free: int) -> None:
-    """ValueError unless `free` bytes of GPU memory hold what one such prompt needs."""
-    if needs.total > free:
-        a_token = needs.keys_and_values // needs.tokens
-        fits = max(0, free - needs.weights - needs.embedding - needs.activations) // a_token
-        raise ValueError(
-            f"--max-video-tokens: {needs}, {needs.total / 1e9:.1f} GB in all: the GPU has {free / 1e9:.1f} GB free, "
-            f"room for {fits} tokens: needs fewer tokens, or more ranks (--tp)"
-        )
+    SGLang shares out `total_pixels` over the frames but gives each 1.05 * `min_pixels` whatever their number, and small
+    frames that it enlarges up to twice `min_pixels`, by rounding up. So that neither is more than its share, frames are
+    so few that a share has LEAST_PER_FRAME, and `min_pixels` is less than half of one. transformers' processor resizes
+    after that, to multiples of `side` (SGLang's are of 28): Qwen3-VL's by `size` of the whole video, whose own limit is
+    12,288 tokens; Qwen2.5-VL's by `size` of a frame, which those limits leave as it is.
+    """
+    return {
+        "fps": 2,
+        "max_frames": 2 * (tokens // LEAST_PER_FRAME),
+        "min_pixels": (LEAST_PER_FRAME // 2 - 1) * side**2,
+        "total_pixels": tokens * side**2,
+        "size": {"shortest_edge": side**2, "longest_edge": 2 * tokens * side**2},
+    }

@@ -15,7 +15,7 @@ from mm_sglang.compat import require_supported_sglang
 from mm_sglang.config import SparseConfig
 from mm_sglang.cpu.activate import NAME as CPU_PLATFORM
 from mm_sglang.layout import require_known_architecture
-from mm_sglang.long_video import long_video, require_room
+from mm_sglang.long_video import long_video
 from mm_sglang.model_hash import require_same_model
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.plugin import BACKEND
@@ -41,6 +41,11 @@ def run_server(
 ) -> int:
     """Check, print the command, become it. Raises ValueError for what can be known to be wrong before the start."""
     require_supported_sglang()
+    for name in ("--attention-backend", "--prefill-attention-backend"):
+        if (flag_value(extra, name) or BACKEND) != BACKEND:
+            raise ValueError(
+                f"{name} {flag_value(extra, name)}: nothing would be sparse: needs `sglang serve` for that"
+            )
     command, environment = server_command(
         model, config=config, extra=extra, cores=os.cpu_count() or 1, max_video_tokens=max_video_tokens,
         context_parallel=context_parallel, check_room=True,
@@ -64,7 +69,8 @@ def server_command(
 
     Args:
         cores: of this machine, for CPU ranks; None: the server will run on another one, so nothing of this one counts.
-        check_room: this process's GPU is the server's, so say now if `max_video_tokens` don't fit into what is free.
+        check_room: this process becomes the server, so `max_video_tokens` have to fit into what its GPU has free, not
+            into what it has.
 
     Raises:
         ValueError: settings that are wrong, or that don't fit a model folder that is here to be read.
@@ -98,9 +104,11 @@ def server_command(
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
     if max_video_tokens is not None:
-        lifted = long_video(model, max_video_tokens, ranks=ranks // spread, spread=spread)
-        if check_room and torch.cuda.is_available() and flag_value(extra, "--device") != "cpu":
-            require_room(lifted.needs, torch.cuda.mem_get_info()[0])
+        chunk, fraction = _number(extra, "--chunked-prefill-size", int), _number(extra, "--mem-fraction-static", float)
+        lifted = long_video(
+            model, max_video_tokens, ranks=ranks // spread, spread=spread, chunk=chunk, fraction=fraction,
+            free=None if cores is None or environment.get("SGLANG_PLATFORM") == CPU_PLATFORM else _memory(check_room),
+        )  # fmt: skip
         print(f"mm-sglang: {lifted.needs}", flush=True)
         flags |= lifted.flags
         environment |= {name: value for name, value in lifted.environment.items() if name not in os.environ}
@@ -108,6 +116,14 @@ def server_command(
     if overrides:
         added += [OVERRIDES, json.dumps(overrides)]
     return [sglang_script(), "serve", model, *added, *extra], environment
+
+
+def _memory(check_room: bool) -> int:
+    """Bytes of this machine's GPU: free ones, or all of them, which to ask takes up none in this process."""
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] if check_room else torch.cuda.get_device_properties(0).total_memory
+    return int(free)
 
 
 def sglang_script() -> str:
@@ -190,6 +206,15 @@ def _whole(arguments: Sequence[str], names: Sequence[str]) -> int:
                 raise ValueError(f"{name} {value}: needs a whole number from 1")
             return int(value)
     return 1
+
+
+def _number(arguments: Sequence[str], name: str, kind: type[Any]) -> Any:
+    """The number given as an option, None if none is."""
+    value = flag_value(arguments, name)
+    try:
+        return None if value is None else kind(value)
+    except ValueError as error:
+        raise ValueError(f"{name} {value}: needs a number") from error
 
 
 def _context_parallel(size: int, extra: Sequence[str]) -> list[str]:
