@@ -7,7 +7,7 @@ the rivals', so that a search at one length may serve another at the cost that i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,7 @@ def searched(config: SparseConfig, heads: int) -> Make:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What a method sees of a layer: q [N, H, D], k [N, Hkv, D]."""
+    """What a method sees of a layer in one prompt: q [N, H, D], k [N, Hkv, D]."""
 
     number: int
     q: torch.Tensor
@@ -114,6 +114,10 @@ class Layer:
         return density(plan)
 
 
-def balance(make: Make, layer: Layer, target: float) -> float:
-    """The factor at which a method keeps to the target in a layer."""
-    return largest_factor(lambda factor: layer.density(make(layer.number, factor)), target, STEPS, REACH)
+def balance(make: Make, layers: Sequence[Layer], target: float) -> float:
+    """The factor at which a method keeps to the target in a layer, on average over prompts."""
+
+    def density_of(factor: float) -> float:
+        return sum(layer.density(make(layer.number, factor)) for layer in layers) / len(layers)
+
+    return largest_factor(density_of, target, STEPS, REACH)

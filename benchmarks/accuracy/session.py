@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from benchmarks.accuracy.methods import (
     NO_TAIL,
     RIVALS,
     SEARCHED,
-    WITHOUT,
     Layer,
     Make,
     Recipes,
@@ -26,6 +25,7 @@ from benchmarks.accuracy.methods import (
     searched,
     tail_of,
 )
+from benchmarks.accuracy.searching import SEED, Searching, serving
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.student import Outcome, Prompt, Student
 from benchmarks.tiny_model.inputs import Encoder
@@ -35,16 +35,9 @@ from mm_sglang.config import SparseConfig
 from mm_sglang.kernels.choosing import choose
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.model_hash import require_same_model
-from mm_sglang.search.candidates import FAMILIES
-from mm_sglang.search.run import search_prompts
+from mm_sglang.search.videos import content_of
 
-SEARCH_AT = (1 << 15, 1 << 17)  # tokens; a length is served by the search nearest to it
-CALIBRATION = 1 << 20  # seeds of the training split from here on are for searches and budgets
-
-
-def searched_at(lengths: Sequence[int]) -> list[int]:
-    """Lengths of the searches for these prompts."""
-    return [n for n in SEARCH_AT if n <= max(lengths)] or [max(lengths)]
+BUDGET_PROMPTS = 3  # a task and length, on which a method's budgets are found
 
 
 class OutOfTime(Exception):
@@ -64,6 +57,7 @@ class Options:
     samples: int
     density: float
     out: Path
+    searched: Path
     budget: float
     seed: int = 0
 
@@ -85,12 +79,13 @@ class Session:
         work = list(self._missing())
         self.store.left_out = []
         try:
-            if any(method in SEARCHED for *_, methods in work for method in methods):
-                self._search()
+            needed = {method for *_, methods in work for method in methods} & set(SEARCHED)
+            if needed:
+                self._search(needed)
             for number, (length, task, depth, methods) in enumerate(tqdm(work, desc="accuracy", unit="cell")):
                 start = time.monotonic()
-                self._in_time(self.spent.get(length, 0.0))
                 try:
+                    self._in_time(self.spent.get(length, 0.0))
                     self._cell(length, task, depth, methods)
                 except OutOfTime:
                     work = work[number:]
@@ -119,7 +114,7 @@ class Session:
         sample = make_sample(task, tokens=length, seed=seed, split=split, depth=depth, device=self.student.device)
         return self.student.prepare(self.encoder(sample, answers=True))
 
-    def _search(self) -> None:
+    def _search(self, methods: Collection[str]) -> None:
         """Settings by method and length of their search: --config's for all, or made here and kept in the folder."""
         options = self.options
         if options.config is not None:
@@ -127,24 +122,14 @@ class Session:
             require_same_model(config, options.model)
             self.configs = {("searched", max(options.lengths)): config}
             return
-        for length in searched_at(options.lengths):
-            paths = {name: options.out / f"{name}-{length}.yaml" for name in FILES}
-            if not all(path.exists() for path in paths.values()):
-                fewer = {
-                    paths[name]: [f for f in FAMILIES if not f.startswith(prefixes)]
-                    for name, prefixes in WITHOUT.items()
-                }
-                prompts = {
-                    f"{task} {length}": partial(self._question, task, length, CALIBRATION) for task in options.tasks
-                }
-                search_prompts(
-                    self.student.held, prompts, paths["searched"], target=min(options.density, 0.99), fewer=fewer
-                )
-            for name, path in paths.items():
-                self.configs[name, length] = SparseConfig.from_yaml(path)
-                require_same_model(self.configs[name, length], options.model)
-                if self.configs[name, length].provenance.get("density") != min(options.density, 0.99):
-                    raise ValueError(f"{path} was searched for another density: delete it, or take another --out")
+        names = [name for name in FILES if name in methods or (name == "searched" and NO_TAIL in methods)]
+        searching = Searching(
+            held=self.student.held, folder=options.searched, density=min(options.density, 0.99),
+            question=self._question, in_time=partial(self._in_time, 0.0),
+        )  # fmt: skip
+        self.configs = searching.settings(options.lengths, names, options.out)
+        files = [f"{name}-{length}.yaml" for name, length in self.configs]
+        self.store.searches({name: content_of(options.out / name) for name in files})
 
     def _question(self, task: str, length: int, seed: int) -> tuple[Mapping[str, torch.Tensor], TokenLayout]:
         return self._prompt(task, length, "train", seed).question()
@@ -154,29 +139,41 @@ class Session:
         if method in RIVALS:
             return rival(method, heads)
         of = "searched" if method == NO_TAIL else method
-        ratio = {n: max(n, length) / min(n, length) for name, n in self.configs if name == of}
-        return searched(self.configs[of, min(ratio, key=lambda n: ratio[n])], heads)
+        return searched(self.configs[of, serving(length, [n for name, n in self.configs if name == of])], heads)
 
     def _factors(self, length: int, task: str, methods: Sequence[str]) -> dict[str, list[float]]:
-        """A factor a layer for each method, found once a task and length on a prompt of the training split."""
+        """A factor a layer for each method, found once a task and length on prompts of the training split."""
         names = {m: f"{m} {task} {length}" for m in methods if m in RIVALS or m in SEARCHED}
         need = {m: self._make(m, length) for m, name in names.items() if name not in self.store.factors}
         found: dict[str, list[float]] = {m: [] for m in need}
         if need:
-            prompt = self._prompt(task, length, "train", CALIBRATION + 1)
-            inputs, layout = prompt.question()
-            ops = self.student.engine.ops()
-
-            def look(number: int, q: torch.Tensor, k: torch.Tensor, _: torch.Tensor, scale: float) -> None:
-                layer = Layer(
-                    number=number, q=q.contiguous(), k=k.contiguous(), layout=layout, scale=scale, ops=ops
-                )  # fmt: skip
+            held = self._layers(task, length)
+            for layers in held:
+                self._in_time(0.0)
                 for method, make in need.items():
-                    found[method].append(balance(make, replace(layer, tail=tail_of(method)), self.options.density))
-
-            self.student.held.run(inputs, look)
+                    own = [replace(layer, tail=tail_of(method)) for layer in layers]
+                    found[method].append(balance(make, own, self.options.density))
+                layers.clear()
         self.store.factors |= {names[method]: factors for method, factors in found.items()}
         return {method: self.store.factors[name] for method, name in names.items()}
+
+    def _layers(self, task: str, length: int) -> list[list[Layer]]:
+        """Each layer in BUDGET_PROMPTS prompts; one alone may cost half or twice what others do."""
+        held: list[list[Layer]] = [[] for _ in range(self.student.held.layers)]
+        ops = self.student.engine.ops()
+        for seed in range(BUDGET_PROMPTS):
+            self._in_time(0.0)
+            inputs, layout = self._question(task, length, SEED + 1 + seed)
+
+            def look(
+                number: int, q: torch.Tensor, k: torch.Tensor, _: torch.Tensor, scale: float,
+                layout: TokenLayout = layout,
+            ) -> None:  # fmt: skip
+                kept = Layer(number=number, q=q.contiguous(), k=k.contiguous(), layout=layout, scale=scale, ops=ops)
+                held[number].append(kept)
+
+            self.student.held.run(inputs, look)
+        return held
 
     def _cell(self, length: int, task: str, depth: float, methods: Sequence[str]) -> None:
         """All samples of a cell under the methods that it lacks; dense always, as the others are compared with it."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mm_sglang.settings_file import write_whole
 
+RECORD = "accuracy.json"
 MEASURES = ("correct", "agreement", "recall", "error", "density")
 SAME = ("commit", "gpu", "versions")  # of the machine: other ones make other numbers
 
@@ -27,6 +29,8 @@ class Store:
     cells: list[dict[str, Any]] = field(default_factory=list)
     factors: dict[str, list[float]] = field(default_factory=dict)  # "method task length" -> a factor a layer
     left_out: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)  # that made the file, in order
+    searched: dict[str, str] = field(default_factory=dict)  # settings file -> hash of its content
 
     def __post_init__(self) -> None:
         if not self.path.exists():
@@ -38,7 +42,14 @@ class Store:
             raise ValueError(
                 f"{self.path} is of a run with another {', '.join(other)}: needs the same, or another --out"
             )
-        self.cells, self.factors = held["cells"], held["factors"]
+        self.cells, self.factors, self.searched = held["cells"], held["factors"], held["searched"]
+        self.commands = [c for c in held["commands"] if c not in self.commands] + self.commands
+
+    def searches(self, found: Mapping[str, str]) -> None:
+        """Settings files by hash; ValueError if cells here were measured with other ones."""
+        other = [name for name, value in found.items() if self.searched.setdefault(name, value) != value]
+        if other:
+            raise ValueError(f"{self.path} has cells of another {other[0]}: needs that file, or another --out")
 
     def find(self, task: str, length: int, depth: float, method: str) -> dict[str, Any] | None:
         key = {"task": task, "length": length, "depth": depth, "method": method}
@@ -54,7 +65,7 @@ class Store:
 
     def save(self) -> None:
         content = {
-            "about": self.about, "what": self.what, "left_out": self.left_out, "factors": self.factors,
-            "cells": self.cells,
+            "about": self.about, "what": self.what, "commands": self.commands, "searched": self.searched,
+            "left_out": self.left_out, "factors": self.factors, "cells": self.cells,
         }  # fmt: skip
         write_whole(self.path, json.dumps(content, indent=1))
