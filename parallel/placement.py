@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import warnings
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,7 +38,9 @@ def connect(address: str, *, gpus: int) -> None:
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if address == "local":
-        ray.init(address="local", num_gpus=gpus, include_dashboard=False, **quiet)
+        with warnings.catch_warnings():  # of what a later Ray will do with actors that have no GPU
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(address="local", num_gpus=gpus, include_dashboard=False, **quiet)
         return
     if address != "auto":
         _require_reachable(address)

@@ -7,12 +7,14 @@ import logging
 import secrets
 import threading
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.jobs.job import TICK_S, TRIES
-from mm_sglang.jobs.replica import Replica, ReplicaError
+from mm_sglang.jobs.patience import ReplicaError
+from mm_sglang.jobs.replica import Replica
 from mm_sglang.parallel.placement import decoder_cpus, host_for_messages
 from mm_sglang.parallel.wire import Hub, Message
 
@@ -82,14 +84,15 @@ class GangDriver:
             self.replica.start()
             while not self.closing.is_set():
                 self._step()
-        except ReplicaError as error:
-            self.lost = str(error)
+        except Exception as error:  # a Ray that is gone too: who asks and Serve have to hear of it
+            self.lost = str(error) if isinstance(error, ReplicaError) else f"{type(error).__name__}: {error}"
             for each in [*self.asked.values(), *self.waiting]:
                 self._end(each, GangFailed(self.lost))
         finally:
-            self.replica.close()
-            self.hub.close()
-            self.loop.call_soon_threadsafe(self.ready.set)  # whoever waits has to see `lost`
+            with ExitStack() as each_of_them:
+                each_of_them.callback(self.loop.call_soon_threadsafe, self.ready.set)  # who waits has to see `lost`
+                each_of_them.callback(self.hub.close)
+                each_of_them.callback(self.replica.close)
 
     def _step(self) -> None:
         for peer, message in self.hub.receive(TICK_S):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 CONTEXT, TENSOR = "context", "tensor"
 SPLITS = (CONTEXT, TENSOR)
+PIPELINE, MIXED = ("--pp-size", "--pipeline-parallel-size"), "--enable-mixed-chunk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,11 @@ def gang_command(
     for flag in (*TENSOR_PARALLEL, *CONTEXT_PARALLEL):
         if flag_value(extra, flag) is not None:
             raise ValueError(f"{flag}: a job's ranks are counted by --gpus, and --split says what they share out")
+    for flag in PIPELINE:
+        if flag_value(extra, flag) is not None:
+            raise ValueError(f"{flag}: a replica has no pipeline stages")
+    if split == CONTEXT and gpus > 1 and flag_value(extra, MIXED) is not None:
+        raise ValueError(f"{MIXED}: context parallelism needs none, a decode step has no rows to spread")
     tensor = ["--tp-size", str(gpus)] if split == TENSOR else []
     return server_command(
         model, config=config, extra=[*tensor, *extra], cores=cores, max_video_tokens=max_video_tokens,

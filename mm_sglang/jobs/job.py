@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.jobs.inputs import Input
-from mm_sglang.jobs.replica import Patience, Replica, ReplicaError
+from mm_sglang.jobs.patience import Patience, Refused, ReplicaError
+from mm_sglang.jobs.replica import Replica
 from mm_sglang.jobs.results import Line, Results
 from mm_sglang.jobs.schema import Schema, mismatch
 from mm_sglang.parallel.placement import decoder_cpus, host_for_messages
@@ -38,6 +39,7 @@ class Work:
     replica: int = 0  # that was asked last
     began: float = 0.0
     chunks: list[list[float]] = field(default_factory=list)  # [tokens, seconds], of the current try
+    frames: tuple[int, int] = (0, 0)  # decoded, wanted
 
 
 class Job:
@@ -118,7 +120,8 @@ class Job:
             return
         self.count += 1
         rid = f"{replica.gang.name}-{self.count}"
-        work.tries, work.replica, work.began, work.chunks = work.tries + 1, replica.number, time.monotonic(), []
+        work.tries, work.replica, work.began = work.tries + 1, replica.number, time.monotonic()
+        work.chunks, work.frames = [], (0, 0)
         self.asked[rid] = replica, work
         sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": self.options.max_tokens}
         if self.schema is not None:
@@ -135,10 +138,25 @@ class Job:
                 self._ended(message)
             elif kind == "chunk":
                 self._count_chunk(message)
+            elif kind == "decoded":
+                self._count_frames(message)
+
+    def _count_frames(self, message: Message) -> None:
+        (rid,) = message["rids"]
+        if rid in self.asked:
+            self.asked[rid][1].frames = message["there"], message["wanted"]
+        self._show()
+
+    def _show(self) -> None:
+        """What was prefilled, and how far the videos are that are being decoded."""
+        frames = [work.frames for _, work in self.asked.values() if work.frames[0] < work.frames[1]]
+        there, wanted = (sum(each) for each in zip(*frames, strict=True)) if frames else (0, 0)
+        decoding = f", {there:,} of {wanted:,} frames decoded" if frames else ""
+        self.bar.set_postfix_str(f"{self.tokens:,} tokens{decoding}", refresh=True)
 
     def _count_chunk(self, message: Message) -> None:
         self.tokens += message["tokens"]
-        self.bar.set_postfix_str(f"{self.tokens:,} tokens", refresh=True)
+        self._show()
         for rid in message["rids"]:
             if rid in self.asked:
                 self.asked[rid][1].chunks.append([message["tokens"], round(message["seconds"], 4)])
@@ -188,11 +206,13 @@ class Job:
         self.bar.update()
 
     def _lose(self, replica: Replica, error: ReplicaError) -> None:
-        """Go on with the others, if there are any."""
+        """Go on with the others, if there are any that may fare better."""
         for rid in [rid for rid, (owner, _) in self.asked.items() if owner is replica]:
             self._again(rid, str(error))
         replica.close()
         self.replicas.remove(replica)
+        if isinstance(error, Refused):
+            raise ValueError(str(error)) from error
         if not self.replicas:
             raise RuntimeError(f"no replica left: {error}") from error
         tqdm.write(f"{error}; going on with {len(self.replicas)}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from contextlib import redirect_stderr
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
@@ -10,12 +12,11 @@ from ray.util.placement_group import PlacementGroup
 from mm_sglang.jobs.asking import Asking
 from mm_sglang.jobs.detokenizer import run_detokenizer
 from mm_sglang.jobs.gang import Gang
+from mm_sglang.jobs.patience import refusal
 from mm_sglang.parallel.beat import start_beat
 from mm_sglang.parallel.placement import cluster_gpus
 from mm_sglang.parallel.wire import Peer
 from mm_sglang.ports import leased_port
-
-START_ERRORS = (ValueError, SystemExit)  # of settings: the next start would end the same way
 
 
 class Leader:
@@ -32,9 +33,11 @@ class Leader:
     def run(self) -> None:
         try:
             engine = self._start()
-        except START_ERRORS as error:
-            self.peer.send("refused", error=" ".join(str(error).split()), wait=True)
-            raise RuntimeError(f"refused: {error}") from error  # an actor that exits says less
+        except (Exception, SystemExit) as error:
+            if (why := refusal(error)) is None:
+                raise
+            self.peer.send("refused", error=why, wait=True)
+            raise RuntimeError(f"refused: {why}") from error  # an actor that exits says less
         Asking(engine, self.gang, self.peer).run()
 
     def _start(self) -> Any:
@@ -61,9 +64,14 @@ class Leader:
         ray_ranks.install(self.gang, environment)
         group, (port, self.lease) = self.group, leased_port()
         model, *flags = command[2:]
-        arguments = prepare_server_args(
-            ["--model-path", model, *flags, "--use-ray", "--nccl-port", str(port), "--log-level", "error"]
-        )
+        said = io.StringIO()
+        try:
+            with redirect_stderr(said):
+                arguments = prepare_server_args(
+                    ["--model-path", model, *flags, "--use-ray", "--nccl-port", str(port), "--log-level", "error"]
+                )
+        except SystemExit as error:  # argparse's, which says what is wrong to nobody else
+            raise ValueError(said.getvalue().strip().rpartition("\n")[2]) from error
 
         class Placed(RayEngine):  # type: ignore[misc]
             _placement_group = group

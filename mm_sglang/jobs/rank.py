@@ -6,8 +6,11 @@ import time
 from typing import Any
 
 from mm_sglang.jobs.gang import Gang
+from mm_sglang.jobs.patience import refusal
 from mm_sglang.parallel.beat import start_beat
 from mm_sglang.parallel.wire import Peer
+
+TELL_S = 1.0
 
 
 class Rank:
@@ -15,16 +18,27 @@ class Rank:
 
     def __init__(self, gang: Gang, number: int, arguments: dict[str, Any]) -> None:
         self.scheduler: Any = None
-        self.peer = Peer(gang.hub, gang.token, f"{gang.name}.rank{number}")
+        name = f"{gang.name}.rank{number}"
+        self.peer = Peer(gang.hub, gang.token, name)
         start_beat(self.peer, lambda: {"used": self.used_tokens()})
+        try:
+            self.actor = self._load(arguments)
+        except (Exception, SystemExit) as error:
+            if why := refusal(error):  # SGLang makes a RuntimeError of it in the leader
+                last = Peer(gang.hub, gang.token, f"{name}.last")  # this process ends with the error, so this one waits
+                last.send("refused", error=why, wait=True)
+                last.close()
+            raise
+        self.scheduler = self.actor.scheduler
+        if number == 0:
+            self._report()
 
+    def _load(self, arguments: dict[str, Any]) -> Any:
         from sglang.srt.plugins import load_plugins
         from sglang.srt.ray.scheduler_actor import SchedulerActor
 
         load_plugins()
-        self.actor = SchedulerActor.__ray_metadata__.modified_class(**arguments)
-        self.scheduler = self.actor.scheduler
-        self._time_chunks(report=number == 0)
+        return SchedulerActor.__ray_metadata__.modified_class(**arguments)
 
     def used_tokens(self) -> int | None:
         """Tokens of the KV pool that a request holds; the radix cache's own don't count."""
@@ -32,17 +46,23 @@ class Rank:
             return None
         return int(self.scheduler.pool_stats_observer.get_pool_stats().get_kv_token_stats()[0])
 
-    def _time_chunks(self, *, report: bool) -> None:
-        process = self.scheduler.process_batch_result
+    def _report(self) -> None:
+        """Every chunk with its time, and now and then that answers grow: a long one has no chunks."""
+        process, told = self.scheduler.process_batch_result, 0.0
 
-        def timed(batch: Any, result: Any) -> None:
+        def reported(batch: Any, result: Any) -> None:
+            nonlocal told
             process(batch, result)
-            if report and batch.forward_mode.is_extend():
-                seconds = time.monotonic() - batch.launch_ts
+            now = time.monotonic()
+            if batch.forward_mode.is_extend():
                 rids = [request.rid for request in batch.reqs]
+                seconds = now - batch.launch_ts
                 self.peer.send("chunk", rids=rids, tokens=batch.extend_num_tokens or 0, seconds=seconds)
+            elif batch.forward_mode.is_decode() and now - told > TELL_S:
+                told = now
+                self.peer.send("answering")
 
-        self.scheduler.process_batch_result = timed
+        self.scheduler.process_batch_result = reported
 
     def get_info(self) -> Any:
         return self.actor.get_info()

@@ -13,29 +13,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.jobs.leader import Leader
+from mm_sglang.jobs.patience import Patience, Refused, ReplicaError
 from mm_sglang.parallel.placement import Process, decoder_cpus, lost_nodes, no_place, nodes_of, place, reap
 from mm_sglang.parallel.wire import Hub, Message
 
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """Seconds before something counts as dead."""
-
-    silence: float = 4.0  # no heartbeat of a process that serves
-    start_silence: float = 30.0  # the same while it imports and loads, which can keep Python's lock
-    start: float = 600.0  # from placed to serving
-    place: float = 60.0  # for the first time: GPUs that are not there by then are somebody else's
-    place_again: float = 600.0  # after a node was lost: somebody may bring another
-    stall: float = 300.0  # no chunk and no answer although something was asked: SGLang's own watchdog takes as long
-    starts: int = 4  # failed starts in a row before the job gives up
-
-
 PLACE_ANEW_S = 5.0  # what is free, and so what to ask for, may be something else by then
 LOOK_S = 1.0
-
-
-class ReplicaError(RuntimeError):
-    """A replica that does not start any more."""
+STEPS = ("chunk", "decoded", "answering", "answer", "failed")  # messages that say that a gang gets on
 
 
 @dataclass
@@ -54,7 +38,7 @@ class Replica:
     ready: bool = False
     generation: int = 0
     failed_starts: int = 0
-    asked: dict[str, float] = field(default_factory=dict)  # rid -> when it last got anywhere
+    asked: list[str] = field(default_factory=list)  # rids
     used: dict[str, int] = field(default_factory=dict)  # rank -> tokens of its pool that requests hold
     processes: dict[str, Process] = field(default_factory=dict)
     on_event: Callable[[str, Message], None] | None = None  # ("waiting" | "ready" | "down", facts)
@@ -65,9 +49,16 @@ class Replica:
     _leader: Any = None
     _run: Any = None
     _broken: str | None = None
+    _refused: bool = False
+    _served: bool = False  # ever
+    _moved: float = 0.0  # when it last got on with what was asked, whichever of it: the rest waits its turn
+    _share: int = 0  # decoders that leave the other replicas theirs
     _missing: str | None = None  # what was last said to be
     _since: float = 0.0
     _name: str = ""
+
+    def __post_init__(self) -> None:
+        self._share = self.gang.decoders
 
     def start(self) -> None:
         """Ask for a place; `watch` starts the processes there, and a message says when they serve."""
@@ -111,24 +102,22 @@ class Replica:
             if message.get("used") is not None:
                 self.used[peer] = message["used"]
         elif kind == "ready":
-            self.ready, self.failed_starts = True, 0
+            self.ready, self._served, self.failed_starts = True, True, 0
             self._beats = dict.fromkeys(self._beats, now)
             self._event("ready", seconds=now - self._since)
-        elif kind == "broken":
-            self._broken = message["error"]
-        elif kind == "refused":
-            self.failed_starts = self.patience.starts  # no use in trying again
-            self._broken = message["error"]
-        elif kind in ("answer", "failed"):
-            self.asked.pop(message["rid"], None)
-        elif kind in ("chunk", "decoded"):
-            for rid in message["rids"]:
-                if rid in self.asked:
-                    self.asked[rid] = now
+        elif kind in ("broken", "refused"):
+            self._refused |= kind == "refused" and not self._served  # else it is not the settings
+            self._broken = self._broken or message["error"]
+        elif kind in STEPS:
+            self._moved = now
+            if kind in ("answer", "failed") and message["rid"] in self.asked:
+                self.asked.remove(message["rid"])
         return True
 
     def ask(self, rid: str, *, video: str, question: str, sampling: dict[str, Any]) -> None:
-        self.asked[rid] = time.monotonic()
+        if not self.asked:
+            self._moved = time.monotonic()
+        self.asked.append(rid)
         order = {"kind": "ask", "rid": rid, "video": video, "question": question, "sampling": sampling}
         self.hub.send(f"{self._name}.orders", order)
 
@@ -153,9 +142,8 @@ class Replica:
                 return f"{peer.rpartition('.')[2]} has been silent for {now - last:.1f} s (killed, stopped or cut off)"
         if not self.ready and now - self._since > self.patience.start:
             return f"not ready after {self.patience.start:.0f} s"
-        for last in self.asked.values():
-            if now - last > self.patience.stall:
-                return f"no chunk for {self.patience.stall:.0f} s"
+        if self.asked and now - self._moved > self.patience.stall:
+            return f"no frame, chunk or token for {self.patience.stall:.0f} s"
         return None
 
     def watch(self) -> dict[str, str]:
@@ -164,6 +152,7 @@ class Replica:
         Read its messages just before, or it looks silent.
 
         Raises:
+            Refused: its settings are wrong.
             ReplicaError: no place for it, or it failed to start too often.
         """
         if self._run is None:
@@ -175,6 +164,9 @@ class Replica:
         if not self.ready:
             self.failed_starts += 1
         lost = dict.fromkeys(self.asked, f"replica {self.number} failed: {why}")
+        if self._refused:
+            self.kill()
+            raise Refused(f"replica {self.number} does not start: {why}")
         self._event("down", error=why)
         self.kill()
         if self.failed_starts >= self.patience.starts:
@@ -195,7 +187,7 @@ class Replica:
                 self._missing = missing
                 self._event("waiting", error=missing)
             self._leave()
-            self.gang = replace(self.gang, decoders=decoder_cpus(self.gang.gpus, 1))
+            self.gang = replace(self.gang, decoders=min(self._share, decoder_cpus(self.gang.gpus, 1)))
             self._place()
             self._looked = now
 

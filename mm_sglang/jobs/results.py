@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -51,15 +52,29 @@ class Results:
                 continue
             kept += line
         if kept != content:
-            self._replace(kept)
+            with self._writing():
+                self._replace(kept)
 
     def add(self, line: Line) -> None:
-        """On the disk when this returns."""
-        self._file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """On the disk when this returns.
+
+        Raises:
+            ValueError: it cannot be. What was there is kept; a torn last line goes when the file is next opened.
+        """
+        with self._writing():
+            self._file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if "error" not in line:
             self.done.add(line["key"])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = f"{len(self.done)} answers are kept"
+            raise ValueError(f"--out {self.path}: cannot be written ({error.strerror}); {kept}") from error
 
     def _replace(self, content: bytes) -> None:
         scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -77,7 +92,8 @@ class Results:
         self._file = file
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of what `add` could not write, and has told
+            self._file.close()
 
     def __enter__(self) -> Results:
         return self

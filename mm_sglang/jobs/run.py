@@ -20,6 +20,8 @@ from mm_sglang.jobs.schema import Schema, read_schema
 if TYPE_CHECKING:
     from mm_sglang.jobs.service import ServiceOptions
 
+LOCAL = "local"  # a Ray of this machine's own: the ranks run here
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
@@ -62,7 +64,7 @@ def run_job(options: JobOptions) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: needs at least 1")
     schema = None if options.schema is None else read_schema(options.schema)
-    require_settings(options)
+    require_settings(options, cores=options.gpus if _address(options) == LOCAL else None)
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
         results = stack.enter_context(Results(options.out))
@@ -100,15 +102,19 @@ def _asked(options: JobOptions, schema: Schema | None) -> Any:
     return {"question": options.question, "schema": schema, "model": model_hash(options.model), "settings": settings}
 
 
-def require_settings(options: JobOptions | ServiceOptions) -> None:
-    """What a replica's leader does when it starts, done here to hear of mistakes now."""
+def require_settings(options: JobOptions | ServiceOptions, *, cores: int | None = None) -> None:
+    """What a replica's leader does when it starts, done here to hear of mistakes now; `cores` as for gang_command."""
     from mm_sglang.compat import require_supported_sglang
 
     require_supported_sglang()
     gang_command(
         model=options.model, config=options.config, extra=options.extra, gpus=options.gpus, split=options.split,
-        max_video_tokens=options.max_video_tokens, cores=None,
+        max_video_tokens=options.max_video_tokens, cores=cores,
     )  # fmt: skip
+
+
+def _address(options: JobOptions) -> str:
+    return options.address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
 def _join_cluster(options: JobOptions, stack: ExitStack) -> None:
@@ -120,9 +126,9 @@ def _join_cluster(options: JobOptions, stack: ExitStack) -> None:
 
     from mm_sglang.parallel.placement import cluster_gpus, connect, require_gpus
 
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(options)
     here = torch.cuda.device_count() or os.cpu_count() or 1  # a rank is a core where there is no GPU
-    if address == "local":
+    if address == LOCAL:
         require_gpus(options.replicas, options.gpus, here)
     stack.callback(ray.shutdown)
     connect(address, gpus=here)

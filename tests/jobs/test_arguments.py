@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "text_config": {"num_hidden_layers": 4, "num_attention_heads": 64},
+        "text_config": {"num_hidden_layers": 4, "num_attention_heads": 64, "num_key_value_heads": 64},
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "video.mp4").write_bytes(b"video")
@@ -43,6 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["video.mp4"], ["--address", "nonsense"], "needs host:port"),
         (["video.mp4"], ["--tp", "2"], "--tp: a job's ranks are counted by --gpus"),
         (["video.mp4"], ["--attn-cp-size=2"], "--attn-cp-size: a job's ranks are counted by --gpus"),
+        (
+            ["video.mp4"],
+            ["--gpus", "2", "--enable-mixed-chunk"],
+            "--enable-mixed-chunk: context parallelism needs none",
+        ),
         (["video.mp4"], ["--gpus", "3", "--split", "tensor"], "64 query heads over 3 ranks"),
         (["video.mp4"], ["--max-video-tokens", "9"], "--max-video-tokens 9: needs at least 1024"),
         (["video.mp4"], ["--sparse-config", "gone.yaml"], "gone.yaml"),

@@ -12,7 +12,7 @@ import pytest
 from mm_sglang.jobs import driver as module
 from mm_sglang.jobs.driver import GangDriver, GangFailed, RequestFailed
 from mm_sglang.jobs.job import TRIES
-from mm_sglang.jobs.replica import ReplicaError
+from mm_sglang.jobs.patience import ReplicaError
 from mm_sglang.jobs.service import ServiceOptions, _fields, start_service
 
 
@@ -25,7 +25,7 @@ class FakeReplica:
         self.aborted: list[str] = []
         self.came = threading.Semaphore(0)
         self.todo: str | None = None
-        self.closed = False
+        self.closed = self.crashed = False
 
     def start(self) -> None:
         self.ready = True
@@ -41,10 +41,15 @@ class FakeReplica:
         todo, self.todo = self.todo, None
         if todo == "lose":
             raise ReplicaError("does not start")
+        if todo == "crash":
+            self.crashed = True
+            raise ConnectionError("the head is gone")
         return {self.asked[-1]: "a rank was killed"} if todo == "fail" else {}
 
     def close(self) -> None:
         self.closed = True
+        if self.crashed:
+            raise ConnectionError("the head is still gone")
 
 
 @pytest.fixture
@@ -132,6 +137,24 @@ def test_a_gang_that_starts_no_more_fails_everything(fake: None) -> None:
         with pytest.raises(GangFailed, match="does not start"):
             await asyncio.wait_for(driver.ask("b.mp4", "?", {}), 10)
         assert driver.lost == "does not start"
+        driver.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_ray_that_is_gone_fails_everything_too(fake: None) -> None:
+    async def run() -> None:
+        driver, replica = make_driver()
+        asked = asyncio.create_task(driver.ask("a.mp4", "?", {}))
+        await came(replica)
+        replica.todo = "crash"
+        with pytest.raises(GangFailed, match="ConnectionError: the head is gone"):
+            await asyncio.wait_for(asked, 10)
+        with pytest.raises(GangFailed, match="the head is gone"):
+            await asyncio.wait_for(driver.ask("b.mp4", "?", {}), 10)
+        await asyncio.wait_for(driver.ready.wait(), 10)  # what waits for a start hears of it
+        assert driver.lost is not None
         driver.close()
 
     asyncio.run(run())

@@ -37,3 +37,12 @@ def test_what_only_the_gangs_own_machine_can_know_is_left_to_it(tmp_path: Path) 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="split='both': needs one of context, tensor"):
         started(tmp_path, split="both")
+
+
+def test_what_a_replica_cannot_do_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for flag in ("--pp-size", "--pipeline-parallel-size=2"):
+        with pytest.raises(ValueError, match="a replica has no pipeline stages"):
+            started(tmp_path, extra=(flag, "2"))
+    with pytest.raises(ValueError, match="--enable-mixed-chunk: context parallelism needs none"):
+        started(tmp_path, extra=("--enable-mixed-chunk",))
+    assert "--enable-mixed-chunk" in started(tmp_path, extra=("--enable-mixed-chunk",), gpus=1)

@@ -69,3 +69,17 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         Results(tmp_path / "file" / "out.jsonl")
     with pytest.raises(ValueError, match="cannot be written"):
         Results(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with Results(path) as results:
+        results.add({"key": "a", "answer": 1})
+        results._file.close()
+        results._file = Path("/dev/full").open("r+b")  # noqa: SIM115  # takes nothing
+        with pytest.raises(
+            ValueError, match=r"out.jsonl: cannot be written \(No space left on device\); 1 answers are kept"
+        ):
+            results.add({"key": "b", "answer": 2})
+    with Results(path) as again:
+        assert again.done == {"a"}

@@ -13,7 +13,7 @@ import pytest
 from mm_sglang.jobs import job as module
 from mm_sglang.jobs.inputs import read_inputs
 from mm_sglang.jobs.job import AT_ONCE, TRIES, Job
-from mm_sglang.jobs.replica import ReplicaError
+from mm_sglang.jobs.patience import Refused, ReplicaError
 from mm_sglang.jobs.results import Results
 from mm_sglang.jobs.run import JobOptions
 
@@ -27,13 +27,14 @@ class Gangs:
         self.history: list[str] = []
         self.lost: dict[str, str] = {}
         self.ended: str | None = None
+        self.kind = ReplicaError
 
     def start(self) -> None:
         self.ready = True
 
     def watch(self) -> dict[str, str]:
         if self.ended:
-            raise ReplicaError(self.ended)
+            raise self.kind(self.ended)
         lost, self.lost = self.lost, {}
         for rid in lost:
             del self.asked[rid]
@@ -150,3 +151,29 @@ def test_a_job_goes_on_with_the_replicas_that_are_left(
     with pytest.raises(RuntimeError, match="no replica left: no place"):
         job.step(0)
     assert not lines(job)
+
+
+def test_refused_settings_end_the_job_as_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    job = make_job(tmp_path, 2, monkeypatch, stack)
+    gangs: list[Any] = list(job.replicas)
+    gangs[0].ended, gangs[0].kind = "a KV cache of fp8", Refused
+    with pytest.raises(ValueError, match="a KV cache of fp8"):
+        job.step(0)
+
+
+def test_progress_says_how_far_decoding_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+    job = make_job(tmp_path, 1, monkeypatch, stack)
+    said: list[str] = []
+    monkeypatch.setattr(job.bar, "set_postfix_str", lambda text, refresh: said.append(text))
+    gang: Any = job.replicas[0]
+    job.step(0)
+    first, second = gang.asked
+    job._count_frames({"rids": [first], "there": 3, "wanted": 10})
+    job._count_frames({"rids": [second], "there": 1, "wanted": 1000})
+    job._count_frames({"rids": [first], "there": 10, "wanted": 10})
+    job._count_chunk({"rids": [first], "tokens": 2048, "seconds": 0.5})
+    job._count_frames({"rids": [second], "there": 1000, "wanted": 1000})
+    assert said[1] == "0 tokens, 4 of 1,010 frames decoded" and said[3] == "2,048 tokens, 1 of 1,000 frames decoded"
+    assert said[4] == "2,048 tokens"
