@@ -23,11 +23,11 @@ from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
 from mm_sglang.choice import check_engine, choose_engine
 from mm_sglang.compat.vision_slices import encode_in_slices
-from mm_sglang.compat.vision_slices import encode_in_slices
 from mm_sglang.config import SparseConfig
 from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.start import start_ranks
 from mm_sglang.dense import DenseSide
+from mm_sglang.guard import Recipes
 from mm_sglang.kernels.classes import tail
 from mm_sglang.kernels.layout import TokenLayout, upload
 from mm_sglang.kernels.patterns import Auto, Dense, HeadPattern
@@ -39,7 +39,7 @@ from mm_sglang.metrics import Metrics
 from mm_sglang.model_hash import require_same_model
 from mm_sglang.parallel.heads import local_heads
 from mm_sglang.trace import Tracer
-from mm_sglang.watch import Done, Recipes, Watch
+from mm_sglang.watch import Done, Watch
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -73,7 +73,6 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
 
         self.ranks = start_ranks(runner, self.config)
         encode_in_slices(getattr(runner.model, "visual", None), self.ranks)
-        encode_in_slices(getattr(runner.model, "visual", None), self.ranks)
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         mine = local_heads(heads, rank, size)
         rank = get_parallel().tp_rank
@@ -83,7 +82,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         own = [None if r is None else r[mine.start : mine.stop] for r in recipes]
         self.watch = Watch(
             self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda", metered=metered,
-            team=self.ranks,
+            team=self.ranks, first_head=mine.start,
         )  # fmt: skip
         self.auto = AutoHeads(self.engine, metrics)
         if self.ranks is not None:
@@ -131,7 +130,8 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 layout = found
             else:
                 self._say_once(*found)
-                reasons.append((found[0], length))
+                if length > 1:  # a decode step of a mixed batch is no prefill
+                    reasons.append((found[0], length))
                 if shared:  # a dense backend would need all rows on this rank
                     layout = TokenLayout(items=(), length=keys, device=self.device)
             if layout is None:

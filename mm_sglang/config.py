@@ -54,14 +54,15 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """A head whose recall stays under `coverage` gets doubled budgets, at most `grow` times, and then is dense.
+    """A head whose recall is under `coverage` gets doubled budgets, at most `grow` times, and then is dense.
 
-    Judged from `rows` queries of a chunk, in every sparse layer, every `every` batches; acts on later chunks, while
-    the server runs. Off unless given.
+    Judged from `rows` queries of a chunk, in every sparse layer, every `every` batches; acts on later chunks, and comes
+    down again (guard.py). `dense` false: it never makes a head dense. Off unless given.
     """
 
     coverage: float
     grow: int = 3
+    dense: bool = True
     every: int = 1
     rows: int = 16
 
@@ -70,6 +71,8 @@ class Guard:
             raise ValueError(f"guard: coverage={self.coverage!r}: needs a number between 0 and 1")
         if not isinstance(self.grow, int) or isinstance(self.grow, bool) or not 0 <= self.grow <= 16:
             raise ValueError(f"guard: grow={self.grow!r}: needs a whole number from 0 to 16")
+        if not isinstance(self.dense, bool) or not (self.dense or self.grow):
+            raise ValueError(f"guard: dense={self.dense!r}: needs true, or false with grow from 1")
         _require_at_least("guard", self, 1, "every", "rows")
 
 

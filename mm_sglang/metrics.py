@@ -34,7 +34,9 @@ class Metrics:
         self._recall = gauge("recall_mean", "Mean recall of the last probe, over heads.")
         self._worst = gauge("recall_worst", "Recall of the worst head of the last probe.")
         self._chosen = counter("auto_heads_total", "Heads whose recipe auto chose, by pattern.", "pattern")
-        self._guarded = counter("guarded_heads_total", "Heads the guard has raised, by what it did.", "action")
+        self._guarded = counter(
+            "guarded_heads_total", "Heads the guard has raised or lowered, by what it did.", "action"
+        )
 
     def sparse_chunk(self, tokens: int) -> None:
         if self.on:

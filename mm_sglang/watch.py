@@ -2,30 +2,27 @@
 
 Recall of a query is exp(its sparse log-sum-exp - its dense one): exactly the share of the dense softmax that was
 attended. The dense one is computed for a few rows of a chunk; what the device counts is read two batches later, so the
-guard acts on a head's next chunks and not on the one that it judged. Context-parallel ranks each know the recall of the
-rows that they ran and put it together.
+guard acts on a head's next chunks and not on the one that it judged, once a batch: by the poorest of its chunks.
+Context-parallel ranks each know the recall of the rows that they ran and put it together.
 """
 
 from __future__ import annotations
 
-import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mm_sglang.config import Guard, SparseConfig
+from mm_sglang.config import SparseConfig
+from mm_sglang.guard import GuardedRecipes, Recipes
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.inspection import attended_shares, tile_counts_on_device
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.patterns import Dense, HeadPattern
 from mm_sglang.kernels.plan import Plan, device_ints
 from mm_sglang.kernels.share import Team
 from mm_sglang.kernels.stages import StageTimer
 from mm_sglang.metrics import Metrics
-
-log = logging.getLogger(__name__)
-Recipes = tuple[HeadPattern, ...]
 
 
 class Later:
@@ -60,39 +57,6 @@ class Later:
             use(host)
 
 
-class GuardedRecipes:
-    """Recipes by layer, and how far the guard has raised each head: budgets doubled `grow` times, then dense."""
-
-    def __init__(self, recipes: Sequence[Recipes | None], guard: Guard | None, metrics: Metrics) -> None:
-        self.base, self.guard, self.metrics = list(recipes), guard, metrics
-        self.now = list(recipes)
-        self.level = [[0] * len(r or ()) for r in recipes]
-
-    def judge(self, layer: int, recall: torch.Tensor) -> None:
-        """Raise the heads of a layer whose mean recall (fp32 [H], CPU) is under the mark."""
-        base = self.base[layer]
-        if self.guard is None or base is None:
-            return
-        changed = False
-        for head, share in enumerate(recall.tolist()):
-            level = self.level[layer][head]
-            if share >= self.guard.coverage or isinstance(base[head], Dense) or level > self.guard.grow:
-                continue
-            self.level[layer][head] = level + 1
-            action = "dense" if level == self.guard.grow else "grown"
-            self.metrics.guarded(action)
-            changed = True
-            log.info(
-                "mm_sparse: guard: layer %d head %d has recall %.3f < %.3f: %s",
-                layer, head, share, self.guard.coverage, action,
-            )  # fmt: skip
-        if changed:
-            self.now[layer] = tuple(
-                Dense() if level > self.guard.grow else pattern.scaled(2**level)
-                for pattern, level in zip(base, self.level[layer], strict=True)
-            )
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Done:
     """One chunk's sparse prefill in one layer, as the backend ran it."""
@@ -112,34 +76,42 @@ class Watch:
 
     metered: the server has --enable-metrics; `metrics` are on in one of its ranks only.
     team: ranks that run one chunk together, each some of its rows.
+    first_head: number in the model of the first head here.
     """
 
     def __init__(
         self, config: SparseConfig, recipes: Sequence[Recipes | None], engine: Engine, metrics: Metrics, *, cuda: bool,
-        metered: bool, team: Team | None = None,
+        metered: bool, team: Team | None = None, first_head: int = 0,
     ) -> None:  # fmt: skip
-        self.config, self.engine, self.metrics, self.cuda = config, engine, metrics, cuda
-        self.metered, self.team = metered, team
-        self.recipes = GuardedRecipes(recipes, config.guard, metrics)
+        self.engine, self.metrics, self.cuda, self.team = engine, metrics, cuda, team
+        self.recipes = GuardedRecipes(recipes, config.guard, metrics, first_head)
+        self.guard = config.guard
+        # Who has no metrics measures only for a team, of which all gather or none
+        self.probe = config.probe if metrics.on or (metered and team is not None) else None
         self.later = Later()
-        self.chunks = 0
+        self.batches = 0
         self.timed: list[StageTimer] = []
+        self._measured: dict[int, list[tuple[torch.Tensor, tuple[int, ...]]]] = defaultdict(list)
         self._layers = [layer for layer, r in enumerate(recipes) if r is not None]
 
     def begin(self, dense: Sequence[tuple[str, int]], sparse: Sequence[int]) -> None:
         """A prefill batch: (reason, tokens) of its dense chunks, tokens of its sparse ones."""
         self.later.poll()
+        for layer, of_chunks in self._measured.items():  # all of one batch, so at the same levels
+            self.recipes.judge(layer, torch.stack([recall for recall, _ in of_chunks]).amin(0), of_chunks[0][1])
+        self._measured.clear()
         while self.timed and self.timed[0].done():
             self.metrics.stages(self.timed.pop(0).milliseconds())
         for reason, tokens in dense:
             self.metrics.dense_chunk(reason, tokens)
         for tokens in sparse:
             self.metrics.sparse_chunk(tokens)
-        self.chunks += bool(sparse)
+        self.batches += bool(sparse)
 
-    def _in_turn(self, layer: int) -> bool:
-        """One layer a batch pays for the metrics of all."""
-        return layer == self._layers[self.chunks % len(self._layers)]
+    def _in_turn(self, layer: int, every: int = 1) -> bool:
+        """One layer each `every` batches pays for the metrics of all, the next one each time."""
+        turn, rest = divmod(self.batches, every)
+        return rest == 0 and layer == self._layers[turn % len(self._layers)]
 
     def timer(self, layer: int) -> StageTimer | None:
         """A StageTimer for this layer's chunk, if its stages are to be measured."""
@@ -150,25 +122,24 @@ class Watch:
 
     def after(self, done: Done) -> None:
         """Look at what a layer did."""
-        in_turn = self._in_turn(done.layer)
-        if self.metrics.on and in_turn:
+        layer = done.layer
+        if self.metrics.on and self._in_turn(layer):
             causal = done.plan.causal_tiles * done.plan.heads
             self.later.put(tile_counts_on_device(done.plan), lambda n: self.metrics.tiles(int(n), causal))
-        probe, guard = self.config.probe, self.config.guard
-        probed = probe is not None and self.chunks % probe.every == 0 and (in_turn or not self.metered)
-        guarded = guard is not None and self.chunks % guard.every == 0
-        if not (probed or guarded):
+        probe = self.probe if self.probe is not None and self._in_turn(layer, self.probe.every) else None
+        guard = self.guard if self.guard is not None and self.batches % self.guard.every == 0 else None
+        settings = guard or probe
+        if settings is None:
             return
-        rows = (guard if guarded and guard is not None else probe).rows  # type: ignore[union-attr]
-        layer = done.layer
+        levels = self.recipes.levels(layer)
 
         def use(by_head: torch.Tensor) -> None:
-            if probed:
+            if probe is not None:
                 self.metrics.recall(by_head)
-            if guarded:
-                self.recipes.judge(layer, by_head)
+            if guard is not None:
+                self._measured[layer].append((by_head, levels))
 
-        self.later.put(recall_by_head(done, rows, self.engine, self.team), use)
+        self.later.put(recall_by_head(done, settings.rows, self.engine, self.team), use)
 
 
 def recall_by_head(done: Done, rows: int, engine: Engine, team: Team | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import re
 import urllib.request
 
 import pytest
+import torch
 import yaml
 from assets import Assets
 
@@ -49,3 +50,5 @@ def test_metrics_of_a_server(assets: Assets) -> None:
     assert 0 < value("tiles_computed_total") <= value("tiles_causal_total")
     assert 0 < value("recall_worst") <= value("recall_mean") <= 1
     assert value('guarded_heads_total{action="grown"') > 0
+    if torch.cuda.is_available():  # there is no device clock on a CPU
+        assert value('stage_seconds_total{stage="attend"') > 0 and value('stage_seconds_total{stage="plan"') > 0
