@@ -109,6 +109,21 @@ def require_serve() -> None:
         raise ValueError(f"Ray Serve 2.55.1 needs protobuf before 7, found {protobuf}: `pip install 'protobuf<7'`")
 
 
+def checked(options: ServiceOptions) -> ServiceOptions:
+    """These, with paths that hold on other hosts; ValueError for settings that are wrong, or too many GPUs."""
+    from mm_sglang.jobs.run import require_settings, whole_paths
+    from mm_sglang.parallel.placement import cluster_gpus, require_gpus
+
+    for each in ("gpus", "replicas", "at_once"):
+        if getattr(options, each) < 1:
+            raise ValueError(f"{each}={getattr(options, each)}: needs at least 1")
+    model, config = whole_paths(options.model, options.config)
+    options = replace(options, model=model, config=config)
+    require_settings(options)
+    require_gpus(options.replicas, options.gpus, cluster_gpus())
+    return options
+
+
 def start_service(
     options: ServiceOptions, *, name: str = "mm-sglang", host: str = "127.0.0.1", port: int = 8000
 ) -> Any:
@@ -120,19 +135,10 @@ def start_service(
         ValueError: settings that are wrong, more GPUs than the cluster has, or no Ray Serve.
         RuntimeError: a gang does not start.
     """
-    from mm_sglang.jobs.run import require_settings, whole_paths
-    from mm_sglang.parallel.placement import cluster_gpus, require_gpus
-
-    for each in ("gpus", "replicas", "at_once"):
-        if getattr(options, each) < 1:
-            raise ValueError(f"{each}={getattr(options, each)}: needs at least 1")
+    options = checked(options)
     require_serve()
     from ray import serve
 
-    model, config = whole_paths(options.model, options.config)
-    options = replace(options, model=model, config=config)
-    require_settings(options)
-    require_gpus(options.replicas, options.gpus, cluster_gpus())
     serve.start(http_options={"host": host, "port": port})
     deployment = serve.deployment(
         Service,

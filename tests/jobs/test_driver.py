@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from mm_sglang.jobs import driver as module
+from mm_sglang.jobs import start
 from mm_sglang.jobs.driver import GangDriver, GangFailed, RequestFailed
 from mm_sglang.jobs.job import TRIES
 from mm_sglang.jobs.patience import ReplicaError
 from mm_sglang.jobs.service import ServiceOptions, _fields, start_service
+from mm_sglang.parallel.wire import Peer
 
 
 class FakeReplica:
@@ -156,6 +158,48 @@ def test_a_ray_that_is_gone_fails_everything_too(fake: None) -> None:
         await asyncio.wait_for(driver.ready.wait(), 10)  # what waits for a start hears of it
         assert driver.lost is not None
         driver.close()
+
+    asyncio.run(run())
+
+
+class Telling(FakeReplica):
+    """Says that it is ready, as a gang's leader does."""
+
+    def __init__(self, number: int, gang: Any, hub: Any, on_event: Any) -> None:
+        super().__init__(number, gang, hub, on_event)
+        self.peer = Peer(hub.address, hub.token, "g.orders")
+
+    def start(self) -> None:
+        super().start()
+        self.peer.send("ready")
+
+    def owns(self, peer: str) -> bool:
+        return True
+
+    def hear(self, peer: str, message: Any) -> bool:
+        return True
+
+
+def test_a_replica_from_python(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Replica", Telling)
+    monkeypatch.setattr(start, "checked", lambda options: options)
+
+    async def run() -> None:
+        starting = asyncio.create_task(start.start_replica(ServiceOptions(model="m", gpus=2, replicas=7)))
+        driver = await asyncio.wait_for(starting, 10)
+        asked = asyncio.create_task(driver.ask("a.mp4", "?", {}))
+        replica: Any = driver.replica
+        await came(replica)
+        driver._hear({"kind": "answer", "rid": replica.asked[0], "text": "yes"})
+        assert await asked == {"text": "yes"} and replica.gang.gpus == 2
+        driver.close()
+
+        def no_place(self: FakeReplica) -> None:
+            raise ReplicaError("no place")
+
+        monkeypatch.setattr(Telling, "start", no_place)
+        with pytest.raises(GangFailed, match="no place"):
+            await start.start_replica(ServiceOptions(model="m"))
 
     asyncio.run(run())
 
