@@ -63,7 +63,7 @@ def running(
         yield Running(server, trace, settings, wanted[architecture])
 
 
-@pytest.mark.parametrize("prompt", ["text", "image", "video", "mixed"])
+@pytest.mark.parametrize("prompt", ["text", "image", "images", "video", "mixed"])
 def test_greedy_tokens_equal_transformers(running: Running, assets: Assets, prompt: str) -> None:
     assert ask(running.server.url, assets.prompts[prompt], TOKENS).tokens == running.wanted[prompt]
 
@@ -80,7 +80,7 @@ def test_a_radix_hit_continues_what_all_ranks_wrote(running: Running, assets: As
     assert again.cached_tokens > 300 and again.prompt_tokens - again.cached_tokens > RANKS * 128
 
 
-def test_four_requests_at_once(running: Running, assets: Assets) -> None:
+def test_all_requests_at_once(running: Running, assets: Assets) -> None:
     assert ask_all_at_once(running.server, assets) == running.wanted
 
 

@@ -25,7 +25,7 @@ def _video(path: Path, **shape: Any) -> Path:
 
 
 def make_assets(folder: Path, *, head_dim: int = 32) -> Assets:
-    """Models, an image and two videos; videos made elsewhere are taken from the folder MM_SGLANG_VIDEOS, if set."""
+    """Models, two images and two videos; videos made elsewhere are taken from the folder MM_SGLANG_VIDEOS, if set."""
     from PIL import Image
 
     models = {name: make_tiny_model(folder / name, architecture=name, head_dim=head_dim) for name in ARCHITECTURES}
@@ -33,10 +33,15 @@ def make_assets(folder: Path, *, head_dim: int = 32) -> Assets:
     tall = _video(folder / "tall.mp4", seconds=3.0, width=168, height=224, seed=2)
     image = folder / "image.png"
     Image.fromarray(next(scene_frames(1, 1, 224, 168, seed=3))).save(image)
+    other = folder / "other.png"
+    Image.fromarray(next(scene_frames(1, 1, 140, 252, seed=4))).save(other)
     question: Part = ("text", "what is in the video?")
     prompts: dict[str, list[Part]] = {
         "text": [("text", "the quick brown fox jumps over the lazy dog. " * 8)],
         "image": [("image", image), ("text", "what is it")],
+        "images": [
+            ("text", "compare "), ("image", image), ("text", " with "), ("image", other), ("text", " by size"),
+        ],
         "video": [("video", tall), question],  # differs at the second token where frames attend to each other
         "mixed": [
             ("text", "first "), ("video", wide), ("text", " then "), ("image", image),
