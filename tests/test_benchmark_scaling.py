@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.scaling import __main__ as scaling
-from benchmarks.scaling.parts import CONTESTANTS, ZIGZAG, specs, text_model
+from benchmarks.scaling.parts import CONTESTANTS, ZIGZAG, require_room, specs, text_model
 from benchmarks.scaling.record import take_up, with_run
 from benchmarks.scaling.report import balances, lost, plot, table
 from benchmarks.scaling.text_model import make_text_model
@@ -62,6 +63,28 @@ def test_zigzag_runs_a_text_model_of_the_same_shape(tmp_path: Path) -> None:
     assert (arguments.attn_cp_size, arguments.tp_size, arguments.prefill_attention_backend) == (2, 2, "fa3")
 
 
+@pytest.mark.parametrize(
+    ("layers", "tokens", "gb", "refused"),
+    [
+        (28, 1 << 20, 150, []),  # an H200
+        (28, 1 << 20, 85, ["mm_sparse", ZIGZAG]),  # an H100: tensor parallelism has half of it on each
+        (14, 1 << 20, 85, []),
+        (28, 1 << 18, 85, []),
+    ],
+)
+def test_what_does_not_fit_is_known_before(
+    tmp_path: Path, layers: int, tokens: int, gb: int, refused: list[str]
+) -> None:
+    found = []
+    for spec in specs(2, [tokens], layers, 131072, list(CONTESTANTS), tmp_path):
+        try:
+            require_room(spec, gb * 10**9)
+        except ValueError as error:
+            found.append(spec["name"])
+            assert "need 80 GB of a GPU, 64 GB are for them" in str(error)
+    assert found == refused
+
+
 @pytest.mark.parametrize("other", [{"gpu": "NVIDIA H100 80GB HBM3"}, {"commit": "def"}, {"layers": 14}])
 def test_rows_of_another_gpu_commit_or_depth_are_kept_apart(tmp_path: Path, other: dict[str, Any]) -> None:
     held, out = record(), tmp_path / "scaling.json"
@@ -106,6 +129,7 @@ def test_a_call_ends_in_its_minutes_and_a_failing_run_ends_no_other(
     monkeypatch.setattr(scaling, "machine", lambda: record()["about"])
     monkeypatch.setattr(scaling, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=85 * 10**9))
     out = tmp_path / "scaling.json"
     monkeypatch.setattr("sys.argv", ["x", "--layers", "1", "--minutes", "5", "--out", str(out)])
     began = time.time()

@@ -21,7 +21,7 @@ from benchmarks.common import Parser, results_of
 from benchmarks.kernels.cases import K
 from benchmarks.kernels.report import machine
 from benchmarks.scaling.model import M, prediction_table
-from benchmarks.scaling.parts import CONTESTANTS, ZIGZAG, specs, text_model
+from benchmarks.scaling.parts import CONTESTANTS, ZIGZAG, require_room, specs, text_model
 from benchmarks.scaling.record import Run, take_up, with_run
 from benchmarks.scaling.report import plot, table
 from benchmarks.scaling.text_model import make_text_model
@@ -92,13 +92,19 @@ def main() -> int:
     deadline = began + options.minutes * 60 - AROUND - GRACE  # a run that is late is ended GRACE after it
     out = options.out or results_of(about) / "scaling.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record, failed = take_up(out, about, options.layers), False
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        todo = specs(count, sorted(options.lengths), options.layers, options.chunk, options.only, folder)
+        try:
+            for spec in todo:
+                require_room(spec, torch.cuda.get_device_properties(0).total_memory)
+        except ValueError as error:
+            parser.error(str(error))
+        record, failed = take_up(out, about, options.layers), False
         size = {"layers": options.layers, "positions": max(options.lengths) + 8192}
         model = make_model(folder / f"{options.layers}-layers", **size)
         make_text_model(text_model(folder, options.layers), model, **size)
-        for spec in specs(count, sorted(options.lengths), options.layers, options.chunk, options.only, folder):
+        for spec in todo:
             before, facts = record["runs"], {"gpus": count, "lengths": spec["lengths"]}
 
             def store(result: Run, before: list[Run] = before, facts: Run = facts) -> None:
