@@ -99,7 +99,7 @@ def _measure(options: argparse.Namespace, began: float) -> int:
     out = options.out or results_of(about) / "accuracy"
     at = " and ".join(f"{n} tokens" for n in searching.searched_at(options.lengths))
     about["searched"] = (
-        f"searched on a training prompt each of {', '.join(searching.TASKS)} at {at}, the nearest serves"
+        f"one search on a training prompt each of {', '.join(searching.TASKS)} at {at}, the nearest serves"
     )
     if options.config is not None:
         about["searched"] = options.config.name
