@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -32,14 +33,17 @@ def test_metrics_of_a_server(assets: Assets) -> None:
     )
     command, environment = server_command(
         str(assets.models["qwen2_5_vl"]), config=str(config), cores=2,
-        extra=["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--enable-metrics"],
+        extra=["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--enable-mixed-chunk",
+               "--enable-metrics"],
     )  # fmt: skip
     with Server(command, environment, assets.folder / "metrics.log") as server:
-        ask(server.url, [("text", "short")], 2)
-        for name in ("video", "mixed"):
-            ask(server.url, assets.prompts[name], 2)
+        with ThreadPoolExecutor(1) as chat:
+            chat.submit(ask, server.url, [("text", "short")], 3000 if torch.cuda.is_available() else 200)
+            for name in ("video", "mixed"):
+                ask(server.url, assets.prompts[name], 2)
         with urllib.request.urlopen(server.url + "/metrics") as answer:
             text = answer.read().decode()
+        assert "decode in a mixed batch" in server.log.read_text(errors="replace") and "mixed batch" not in text
     values = {m[1]: float(m[2]) for m in re.finditer(r"^(mm_sglang:\S+(?:\{.*\})?) (\S+)$", text, re.MULTILINE)}
 
     def value(name: str) -> float:
