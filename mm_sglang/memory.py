@@ -14,8 +14,9 @@ from typing import Any
 from mm_sglang.compat.vision_slices import PATCHES
 
 ELEMENT = 2  # bytes of bf16
-RUNTIME = 3 << 30  # beside what is counted: workspaces, logits, what the allocator can't use
-GRAPHS = 2 << 30  # CUDA graphs, which SGLang takes out of the KV pool or out of the rest
+# Beside what is counted: decode's CUDA graphs (SGLang has none for these models' prefill, and sizes its pool before it
+# captures), workspaces, logits, what the allocator can't use.
+RUNTIME = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Needs:
     @property
     def static(self) -> int:
         """What --mem-fraction-static is the share of."""
-        return self.weights + self.keys_and_values + self.embedding + GRAPHS
+        return self.weights + self.keys_and_values + self.embedding
 
     @property
     def rest(self) -> int:
@@ -49,7 +50,7 @@ class Needs:
     def __str__(self) -> str:
         parts = {
             "weights": self.weights, "KV cache": self.keys_and_values, "vision cache": self.embedding,
-            "a chunk or the vision tower": max(self.activations, self.vision), "SGLang": GRAPHS + RUNTIME,
+            "a chunk or the vision tower": max(self.activations, self.vision), "SGLang": RUNTIME,
         }  # fmt: skip
         return f"{self.tokens} tokens need " + " + ".join(f"{v / 1e9:.1f} GB {k}" for k, v in parts.items())
 
