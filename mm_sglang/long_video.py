@@ -54,14 +54,15 @@ class LongVideo:
 
 def long_video(
     model: str, tokens: int, *, ranks: int = 1, spread: int = 1, chunk: int | None = None, free: int | None = None,
-    fraction: float | None = None,
+    fraction: float | None = None, cache_mb: int | None = None,
 ) -> LongVideo:  # fmt: skip
     """For videos of up to `tokens` tokens after the vision tower's merging.
 
     Args:
         model: folder or Hugging Face name, of a known architecture.
         ranks: tensor parallel size; spread: context-parallel ranks, each with all weights, keys and values.
-        chunk, fraction: --chunked-prefill-size and --mem-fraction-static, where the user gives them.
+        chunk, fraction, cache_mb: --chunked-prefill-size, --mem-fraction-static and SGLANG_VLM_CACHE_SIZE_MB, where
+            the user gives them.
         free: bytes of the server's GPU; None: not known here.
 
     Raises:
@@ -80,7 +81,8 @@ def long_video(
     pairs = tokens // LEAST_PER_FRAME
     context = tokens + TEXT + (STAMP * pairs if config.model_type == "qwen3_vl" else 0)
     chunk = CHUNK * spread if chunk is None else chunk if chunk > 0 else context
-    cache_mb = math.ceil(embedding_bytes(tokens, text, vision) / (1 << 20)) + 64
+    if cache_mb is None:
+        cache_mb = math.ceil(embedding_bytes(tokens, text, vision) / (1 << 20)) + 64
     needs = count(
         model, config, context, tokens, chunk=min(chunk, context), cache=cache_mb << 20, ranks=ranks, spread=spread
     )

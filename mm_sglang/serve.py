@@ -107,6 +107,7 @@ def server_command(
         chunk, fraction = _number(extra, "--chunked-prefill-size", int), _number(extra, "--mem-fraction-static", float)
         lifted = long_video(
             model, max_video_tokens, ranks=ranks // spread, spread=spread, chunk=chunk, fraction=fraction,
+            cache_mb=int(os.environ["SGLANG_VLM_CACHE_SIZE_MB"]) if "SGLANG_VLM_CACHE_SIZE_MB" in os.environ else None,
             free=None if cores is None or environment.get("SGLANG_PLATFORM") == CPU_PLATFORM else _memory(check_room),
         )  # fmt: skip
         print(f"mm-sglang: {lifted.needs}", flush=True)

@@ -44,6 +44,7 @@ def test_limits_and_memory_of_a_million_tokens(model: Path) -> None:
     assert lifted.needs.vision == ((1 << 20) + (1 << 14)) * 256 * 2 + slice_
     assert spread.needs.vision - lifted.needs.vision == 4 * (1 << 14) * 256 * 2  # a slice of each rank, gathered
     assert lifted.needs.weights == sum(f.stat().st_size for f in model.glob("*.safetensors")) > 0
+    assert long_video(str(model), 1 << 20, cache_mb=9).needs.embedding == 9 << 20
     assert long_video(str(model), 1 << 20, chunk=CHUNK // 2).needs.activations < lifted.needs.activations
     assert long_video(str(model), 4096, chunk=-1).flags["--max-prefill-tokens"] == str(4096 + TEXT)  # all at once
 
