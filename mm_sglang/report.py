@@ -89,11 +89,14 @@ def _summary(told: Mapping[str, Any], layers: Layers) -> str:
     videos = ", ".join(
         f"{html.escape(str(name))} ({count} tokens)" for name, count in zip(told["videos"], told["tokens"], strict=True)
     )
+    dear = ", ".join(html.escape(str(name)) for name in told.get("too_dear", ()))
+    note = f"<p>Cost more than that even at their least, so could not be chosen: {dear}.</p>" if dear else ""
     return (
         f"<p>{len(layers)} layers of {len(cells) // len(layers)} heads, searched on {videos} at a density of "
         f"{told['density']:.0%} of dense attention's tiles.</p>"
         f"<p>Means over all heads: recall <b>{mean['recall']:.3f}</b>, error of the output <b>{mean['error']:.3f}</b>, "
         f"density <b>{mean['density']:.1%}</b>.</p>"
+        f"{note}"
     )
 
 

@@ -44,13 +44,14 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_every_head(tmp_path: Path) -> None:
-    config = write(tmp_path / "x.yaml")
+    config = write(tmp_path / "x.yaml", too_dear=["block_topk"])
     assert main(["report", str(config)]) == 0
     text = (tmp_path / "x.html").read_text()
     page = Page(text)
     assert not page.open and not page.links and "http" not in text
     assert len(page.titles) == 4 * 4  # four heads on four maps
     assert "layer 0 head 1: family 2d vertical_slash, recall 0.4, error 0.123, density 0.08" in page.titles
+    assert "could not be chosen: block_topk." in text
     assert "a &lt;b&gt;" in text and "<td>grid frame</td><td>3</td>" in text and "recall <b>0.775</b>" in text
 
 

@@ -25,7 +25,7 @@ from mm_sglang.search import run
 from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured
 from mm_sglang.search.maps import layer_maps, maps_file, read_maps, shown_heads
-from mm_sglang.search.scores import Scores, choose
+from mm_sglang.search.scores import Scores, choose, too_dear
 from mm_sglang.search.settle import balanced
 from mm_sglang.search.videos import LEAST_TOKENS, content_of
 from mm_sglang.serve import server_command
@@ -107,6 +107,7 @@ def test_the_least_error_wins_among_those_that_keep_to_the_cost() -> None:
     assert [family for family, _ in choose(cells, 2, 0.1, 0)[0]] == ["vertical_slash", "a_shape"]
     dear = {"0": {"a_shape": cell(0.5, 0.1, cost=0.4), "grid row": cell(0.0, 0.0, cost=0.3)}}
     assert choose(dear, 2, 0.1, 0)[0][0][0] == "grid row"
+    assert too_dear(cells, 0.1) == ["grid row"] and too_dear(dear, 0.1) == ["a_shape"] and not too_dear(cells, 0.3)
 
 
 def test_budgets_are_those_of_the_longest_sample(tmp_path: Path) -> None:

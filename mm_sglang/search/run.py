@@ -27,7 +27,7 @@ from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured, known_config
 from mm_sglang.search.exact import Exact
 from mm_sglang.search.maps import Bytes, layer_curve, layer_maps, maps_file, shown_heads, write_maps
-from mm_sglang.search.scores import Scores, choose
+from mm_sglang.search.scores import Scores, choose, too_dear
 from mm_sglang.search.settle import content, settle
 from mm_sglang.search.videos import LEAST_TOKENS, content_of, require_length
 from mm_sglang.settings_file import write_settings
@@ -98,9 +98,12 @@ def search_prompts(
     _score(held, prompts, scores, target, families, engine, each_layer)
     longest, cells = scores.longest, scores.values["cells"]
     name, make = list(prompts.items())[longest]
-    prompt = make()
+    prompt, dear = make(), too_dear(cells, target)
+    if dear:
+        said = f"at {max(scores.values['tokens'])} tokens {len(dear)} of {len(families)} patterns cost more than"
+        tqdm.write(f"{said} {target:.0%} at their least: longer videos, or more --density, leave more to choose from")
     told = {
-        **what, "tokens": scores.values["tokens"], "model": Path(held.folder).name,
+        **what, "tokens": scores.values["tokens"], "model": Path(held.folder).name, "too_dear": dear,
         "budgets": f"of {name}, the longest, as are all figures; families by the error over all",
     }  # fmt: skip
     allowed = {out: list(families), **(fewer or {})}

@@ -71,6 +71,12 @@ def affordable(entry: Mapping[str, Any], target: float) -> list[str]:
     return kept or [min(cost, key=lambda f: cost[f])]
 
 
+def too_dear(cells: Cells, target: float) -> list[str]:
+    """Families that no layer could afford with their smallest budgets: of a short prompt a few tiles are 10%."""
+    every = {f for entry in cells.values() for f in entry}
+    return sorted(every - {f for entry in cells.values() for f in affordable(entry, target)})
+
+
 def choose(cells: Cells, heads: int, target: float, sample: int) -> Chosen:
     """Each head's family of least output error over all samples, with its recipe for one of them."""
     layers: Chosen = {}
