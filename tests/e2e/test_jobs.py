@@ -76,6 +76,23 @@ def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) 
     assert "1 of them done before" in again.stderr and len(lines(out)) == 3
 
 
+def test_settings_that_only_a_rank_can_refuse(assets: Assets, tmp_path: Path) -> None:
+    """SGLang makes a RuntimeError of a rank's; it is bad input all the same, and not tried again."""
+    mark = new_mark()
+    job = subprocess.run(
+        [
+            sys.executable, "-m", "mm_sglang", "job", "run", str(assets.folder / "wide.mp4"), "--question", "?",
+            "--model", str(assets.models["qwen2_5_vl"]), "--out", str(tmp_path / "out.jsonl"),
+            "--max-total-tokens", "4096", "--kv-cache-dtype", "fp8_e4m3",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | {MARK: mark},
+    )  # fmt: skip
+    said = job.stderr.splitlines()
+    assert job.returncode == 2 and len(said) == 2, job.stderr  # how many inputs there are, and why not
+    assert "replica 0 does not start: mm_sparse does not serve a KV cache of torch.float8_e4m3fn" in said[1]
+    assert left_behind(mark) == []
+
+
 def test_a_killed_an_aborted_and_a_stopped_rank(tmp_path: Path) -> None:
     """Raises if a result is lost or doubled, a page or a process left, a mark missed.
 
