@@ -137,7 +137,7 @@ def ask(url: str, parts: Any) -> list[Place]:
     ]
 
 
-@pytest.mark.parametrize("prompt", ["text", "image", "video", "mixed"])
+@pytest.mark.parametrize("prompt", ["text", "image", "images", "video", "mixed"])
 @pytest.mark.parametrize("name", [name for name, (_, sparse, _, _) in SERVERS.items() if sparse])
 def test_covering_budgets_answer_as_dense_does(name: str, prompt: str, answers: dict[str, dict[str, Any]]) -> None:
     """bf16 rounds two kernels differently, so log probabilities are compared, up to the first token that differs."""
