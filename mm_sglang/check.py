@@ -10,14 +10,19 @@ from mm_sglang.cpu.activate import NAME as CPU_PLATFORM
 from mm_sglang.layout import KNOWN_ARCHITECTURES
 
 Row = tuple[str, bool, str]
+# Imported by SGLang on CUDA under `except ImportError`: absent is fine, one that does not load ends the server.
+OPTIONAL = ("deep_gemm",)
+NEEDED = ("sglang", "sglang command", "plugin", "device", *OPTIONAL)  # rows that decide whether a server can start
 
 
 def checks() -> list[Row]:
-    """(what, fine or not, detail) rows; the first ones decide whether a server can start."""
+    """(what, fine or not, detail) rows; those of NEEDED decide whether a server can start."""
     return [
         _sglang(),
+        _command(),
         _plugin(),
         _device(),
+        *_libraries(),
         *_engines(),
         _video(),
         ("layout rules", True, ", ".join(KNOWN_ARCHITECTURES)),
@@ -33,7 +38,7 @@ def print_check() -> int:
     width = max(len(what) for what, _, _ in rows)
     for what, fine, detail in rows:
         print(f"{'yes' if fine else 'no ':3}  {what:{width}}  {detail}")
-    needed = all(fine for what, fine, _ in rows if what in ("sglang", "plugin", "device"))
+    needed = all(fine for what, fine, _ in rows if what in NEEDED)
     print(f"\nmm_sparse can {'' if needed else 'not '}be served on this machine.")
     return 0 if needed else 1
 
@@ -50,6 +55,28 @@ def _sglang() -> Row:
         return "sglang", True, f"{require_supported_sglang()} is a tested version"
     except (ValueError, PackageNotFoundError) as error:
         return "sglang", False, f"{error}; tested: {SUPPORTED_SGLANG}"
+
+
+def _command() -> Row:
+    from mm_sglang.serve import sglang_script
+
+    try:
+        return "sglang command", True, sglang_script()
+    except ValueError as error:
+        return "sglang command", False, str(error)
+
+
+def _libraries() -> list[Row]:
+    """Those of OPTIONAL that are installed but do not load."""
+    rows: list[Row] = []
+    for name in OPTIONAL:
+        try:
+            __import__(name)
+        except ImportError:
+            pass
+        except Exception as error:  # whatever its loader raises
+            rows.append((name, False, f"SGLang's server ends on it: {error}: needs another build of it, or none"))
+    return rows
 
 
 def _plugin() -> Row:

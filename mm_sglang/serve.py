@@ -41,11 +41,7 @@ def run_server(
 ) -> int:
     """Check, print the command, become it. Raises ValueError for what can be known to be wrong before the start."""
     require_supported_sglang()
-    for name in ("--attention-backend", "--prefill-attention-backend"):
-        if (flag_value(extra, name) or BACKEND) != BACKEND:
-            raise ValueError(
-                f"{name} {flag_value(extra, name)}: nothing would be sparse: needs `sglang serve` for that"
-            )
+    refuse_other_backends(extra)
     command, environment = server_command(
         model, config=config, extra=extra, cores=os.cpu_count() or 1, max_video_tokens=max_video_tokens,
         context_parallel=context_parallel, check_room=True,
@@ -53,6 +49,14 @@ def run_server(
     shown = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     print(" ".join([*shown, *map(shlex.quote, command)]), flush=True)
     os.execve(command[0], command, os.environ | environment)
+
+
+def refuse_other_backends(extra: Sequence[str]) -> None:
+    """ValueError for options by which a server would run without mm_sparse, as nobody asks for by name."""
+    for name in ("--attention-backend", "--prefill-attention-backend"):
+        given = flag_value(extra, name) or BACKEND
+        if given != BACKEND:
+            raise ValueError(f"{name} {given}: nothing would be sparse: needs `sglang serve` for that")
 
 
 def server_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,20 @@ def test_the_model_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["serve", "--port", "1", "model"])
     assert stopped.value.code == 2 and "MODEL comes first" in capsys.readouterr().err
+
+
+def test_check_tells_of_a_library_that_would_end_the_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang does without deep_gemm, but not with one whose shared library does not load."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)  # as if it were not installed
+    assert main(["check"]) == 0 and "deep_gemm" not in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "deep_gemm")
+    (tmp_path / "deep_gemm.py").write_text("raise OSError('Could not load this library: _C.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check"]) == 1
+    shown = capsys.readouterr().out
+    assert "Could not load this library: _C.so" in shown and "can not be served" in shown
 
 
 def test_check_names_engines_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:

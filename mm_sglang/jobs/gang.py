@@ -57,10 +57,11 @@ def gang_command(
     Raises:
         ValueError: of `server_command`, a `split` that is unknown, or options that say the same again.
     """
-    from mm_sglang.serve import CONTEXT_PARALLEL, TENSOR_PARALLEL, flag_value, server_command
+    from mm_sglang.serve import CONTEXT_PARALLEL, TENSOR_PARALLEL, flag_value, refuse_other_backends, server_command
 
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: needs one of {', '.join(SPLITS)}")
+    refuse_other_backends(extra)
     for flag in (*TENSOR_PARALLEL, *CONTEXT_PARALLEL):
         if flag_value(extra, flag) is not None:
             raise ValueError(f"{flag}: a job's ranks are counted by --gpus, and --split says what they share out")

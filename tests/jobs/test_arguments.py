@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--gpus", "2", "--enable-mixed-chunk"],
             "--enable-mixed-chunk: context parallelism needs none",
         ),
+        (["video.mp4"], ["--attention-backend", "fa3"], "--attention-backend fa3: nothing would be sparse"),
         (["video.mp4"], ["--gpus", "3", "--split", "tensor"], "64 query heads over 3 ranks"),
         (["video.mp4"], ["--max-video-tokens", "9"], "--max-video-tokens 9: needs at least 1024"),
         (["video.mp4"], ["--sparse-config", "gone.yaml"], "gone.yaml"),
