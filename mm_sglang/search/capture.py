@@ -11,6 +11,7 @@ import torch
 
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.layout import layout_from_processor, require_known_architecture
+from mm_sglang.search.bounded import bound
 from mm_sglang.search.videos import sampled_frames
 
 NAME = "mm_sglang_search"
@@ -33,6 +34,7 @@ class Captured:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, attn_implementation={"text_config": name, "vision_config": "sdpa"}
         ).eval().to(device)  # fmt: skip
+        bound(self.model)
         self.folder, self.config, self.device = model, config, device
         self.look: Look | None = None
 
@@ -111,7 +113,8 @@ class Captured:
         self.look = look
         try:
             with torch.no_grad():
-                placed = {name: value.to(self.device) for name, value in inputs.items()}
+                # pixels, 19 GB for a million tokens, go to the device slice by slice
+                placed = {n: x if n.startswith("pixel") else x.to(self.device) for n, x in inputs.items()}
                 out = self.model.model(**placed, use_cache=False)
         finally:
             self.look = None
