@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_observability, get_parallel
 
 from mm_sglang.auto import AutoHeads
 from mm_sglang.batches import SparseChunk, host_lengths, part_of_batch
-from mm_sglang.choice import check_engine, choose_engine
+from mm_sglang.choice import check_attention, check_engine, choose_engine
 from mm_sglang.compat.vision_slices import encode_in_slices
 from mm_sglang.config import SparseConfig
 from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
@@ -62,14 +62,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         require_same_model(self.config, model.model_path)
         self.engine = choose_engine(self.config.engine, str(runner.device))
         check_engine(self.engine, runner.dtype, model.head_dim)
-        for unfit, what in (
-            (runner.sliding_window_size, "sliding-window attention"),
-            (runner.use_mla_backend, "multi-head latent attention"),
-            (not runner.spec_algorithm.is_none(), "speculative decoding"),
-            (runner.kv_cache_dtype != runner.dtype, f"a KV cache of {runner.kv_cache_dtype} for {runner.dtype}"),
-        ):
-            if unfit:
-                raise ValueError(f"mm_sparse does not serve {what}: needs a launch without it")
+        check_attention(runner)
 
         self.ranks = start_ranks(runner, self.config)
         encode_in_slices(getattr(runner.model, "visual", None), self.ranks)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from assets import Assets
 
 from mm_sglang.demo.client import ask
@@ -22,7 +23,8 @@ CONTEXT, POOL = 4096, 2048
 
 @pytest.fixture(scope="module")
 def server(assets: Assets) -> Iterator[Server]:
-    extra = ["--dtype", "float32", "--context-length", str(CONTEXT), "--max-total-tokens", str(POOL)]
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    extra = ["--dtype", dtype, "--context-length", str(CONTEXT), "--max-total-tokens", str(POOL)]
     extra += [
         "--json-model-override-args",
         json.dumps({"mm_sparse": {"default": {"pattern": "grid"}, "min_tokens": 1}}),
