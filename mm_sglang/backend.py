@@ -114,9 +114,10 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
             return
         rest, rest_rows, start = [], [], 0
-        reasons: list[tuple[str, int]] = []
+        reasons: list[tuple[str, int, str]] = []
         for request, (length, keys) in enumerate(host_lengths(forward_batch)):
             end = start + length
+            rid = forward_batch.rids[request] if forward_batch.rids else str(request)
             found, layout = self._layout_or_reason(forward_batch, request, length, keys), None
             if isinstance(found, TokenLayout):
                 self._warn_of_vision_cache(found, length)
@@ -124,14 +125,13 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             else:
                 self._say_once(*found)
                 if length > 1:  # a decode step of a mixed batch is no prefill
-                    reasons.append((found[0], length))
+                    reasons.append((found[0], length, rid))
                 if shared:  # a dense backend would need all rows on this rank
                     layout = TokenLayout(items=(), length=keys, device=self.device)
             if layout is None:
                 rest.append(request)
                 rest_rows.append(torch.arange(start, end))
             else:
-                rid = forward_batch.rids[request] if forward_batch.rids else str(request)
                 slots = self._slots(forward_batch, request, keys)
                 self.chunks.append(
                     SparseChunk(

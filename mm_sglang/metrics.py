@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+REMEMBERED = 4096  # requests that are not counted again for the same reason
+
 
 class Metrics:
     """Counters and gauges `mm_sglang:*`; every method does nothing when `on` is false.
@@ -28,6 +30,8 @@ class Metrics:
 
         self._tokens = counter("prefill_tokens_total", "Tokens prefilled, by mode.", "mode")
         self._dense = counter("dense_chunks_total", "Chunks left to the dense backend, by reason.", "reason")
+        self._requests = counter("dense_requests_total", "Requests with such chunks, by reason.", "reason")
+        self._counted: dict[tuple[str, str], None] = {}
         self._computed = counter("tiles_computed_total", "Tiles computed, in one sampled layer a batch.")
         self._causal = counter("tiles_causal_total", "Tiles dense attention would have computed in the same layers.")
         self._stages = counter("stage_seconds_total", "Device time by stage, in one sampled layer a batch.", "stage")
@@ -42,10 +46,17 @@ class Metrics:
         if self.on:
             self._tokens.labels(mode="sparse").inc(tokens)
 
-    def dense_chunk(self, reason: str, tokens: int) -> None:
-        if self.on:
-            self._tokens.labels(mode="dense").inc(tokens)
-            self._dense.labels(reason=reason).inc()
+    def dense_chunk(self, reason: str, tokens: int, rid: str) -> None:
+        """A chunk of request `rid`."""
+        if not self.on:
+            return
+        self._tokens.labels(mode="dense").inc(tokens)
+        self._dense.labels(reason=reason).inc()
+        if (reason, rid) not in self._counted:
+            self._requests.labels(reason=reason).inc()
+            self._counted[reason, rid] = None
+            if len(self._counted) > REMEMBERED:
+                del self._counted[next(iter(self._counted))]
 
     def tiles(self, computed: int, causal: int) -> None:
         if self.on:

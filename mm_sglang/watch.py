@@ -94,16 +94,16 @@ class Watch:
         self._measured: dict[int, list[tuple[torch.Tensor, tuple[int, ...]]]] = defaultdict(list)
         self._layers = [layer for layer, r in enumerate(recipes) if r is not None]
 
-    def begin(self, dense: Sequence[tuple[str, int]], sparse: Sequence[int]) -> None:
-        """A prefill batch: (reason, tokens) of its dense chunks, tokens of its sparse ones."""
+    def begin(self, dense: Sequence[tuple[str, int, str]], sparse: Sequence[int]) -> None:
+        """A prefill batch: (reason, tokens, request) of its dense chunks, tokens of its sparse ones."""
         self.later.poll()
         for layer, of_chunks in self._measured.items():  # all of one batch, so at the same levels
             self.recipes.judge(layer, torch.stack([recall for recall, _ in of_chunks]).amin(0), of_chunks[0][1])
         self._measured.clear()
         while self.timed and self.timed[0].done():
             self.metrics.stages(self.timed.pop(0).milliseconds())
-        for reason, tokens in dense:
-            self.metrics.dense_chunk(reason, tokens)
+        for reason, tokens, rid in dense:
+            self.metrics.dense_chunk(reason, tokens, rid)
         for tokens in sparse:
             self.metrics.sparse_chunk(tokens)
         self.batches += bool(sparse)

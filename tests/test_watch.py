@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,12 +156,34 @@ def test_the_log_names_the_models_head_not_the_ranks(caplog: pytest.LogCaptureFi
     assert "layer 0 head 15 has recall 0.100" in caplog.text
 
 
+def test_a_request_is_counted_once_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prometheus_client
+
+    from mm_sglang import metrics as module
+
+    monkeypatch.setattr(module, "REMEMBERED", 2)
+    registry = prometheus_client.CollectorRegistry()
+    for kind in ("Counter", "Gauge"):
+        real = getattr(prometheus_client, kind)
+        monkeypatch.setattr(prometheus_client, kind, partial(real, registry=registry))
+    counted = Metrics(on=True)
+
+    def requests(reason: str) -> float | None:
+        return registry.get_sample_value("mm_sglang:dense_requests_total", {"reason": reason})
+
+    for reason, rid in (("short", "a"), ("short", "a"), ("short", "b"), ("odd", "a"), ("short", "b")):
+        counted.dense_chunk(reason, 7, rid)
+    assert (requests("short"), requests("odd")) == (2, 1)
+    assert registry.get_sample_value("mm_sglang:dense_chunks_total", {"reason": "short"}) == 4
+    assert len(counted._counted) == 2  # however many requests a server has
+
+
 def test_a_batch_is_counted_and_one_layer_sampled_in_turn() -> None:
     heard, recipes = Heard(), (AShape(sink=8, local=64), Dense())
     config = SparseConfig(default=recipes[0], probe=Probe(every=2, rows=4), guard=Guard(coverage=0.999, grow=1))
     watch = Watch(config, [recipes, None, recipes], REFERENCE, heard, cuda=False, metered=True)
     for _ in range(1, 5):
-        watch.begin([("too short", 7)], [300])
+        watch.begin([("too short", 7, "a")], [300])
         for layer in (0, 2):
             watch.after(done(500, 300, watch.recipes.now[layer], layer)[0])
         assert watch.timer(0) is None  # no device clock on a CPU

@@ -51,6 +51,7 @@ def test_metrics_of_a_server(assets: Assets) -> None:
 
     assert value('prefill_tokens_total{mode="sparse"') > 100 and value('prefill_tokens_total{mode="dense"') > 0
     assert value('dense_chunks_total{reason="fewer keys than min_tokens=120"') >= 1
+    assert 1 <= value('dense_requests_total{reason="fewer keys than min_tokens=120"') <= 3
     assert 0 < value("tiles_computed_total") <= value("tiles_causal_total")
     assert 0 < value("recall_worst") <= value("recall_mean") <= 1
     assert value('guarded_heads_total{action="grown"') > 0
