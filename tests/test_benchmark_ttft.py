@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common import RESULTS
 from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import profile
-from benchmarks.ttft.child import prompt, spread
+from benchmarks.ttft.child import Contestant, prompt, spread
 from benchmarks.ttft.model import LAYERS, make_model
 from benchmarks.ttft.parts import PARTS, VIDEO, settings, specs
 from mm_sglang.config import AssumedVideo, SparseConfig
@@ -81,6 +81,25 @@ def test_questions_follow_a_whole_video(tmp_path: Path) -> None:
             layout = assumed_video(AssumedVideo(**VIDEO), tokens + spec["questions"]["more"], "cpu")
             assert classes.tail(layout, layout.length, 128) == spec["questions"]["more"]
             assert layout.length <= spec["arguments"]["context_length"]
+
+
+def test_questions_about_a_cached_video_share_its_tokens(tmp_path: Path) -> None:
+    asked: list[list[int]] = []
+
+    class Engine:
+        def generate(self, input_ids: list[int], sampling_params: object) -> None:
+            asked.append(input_ids)
+
+    contestant = Contestant.__new__(Contestant)
+    contestant.engine, contestant.name, contestant.out = Engine(), "ours", tmp_path / "out.json"
+    contestant.record = {}
+    assert contestant.questions(1000, 64) >= 0
+    (found,) = json.loads(contestant.out.read_text())["questions"]
+    assert {"video", "with_question", "cached_video"} < set(found) and len(found["all"]) == 6
+    assert [len(ids) for ids in asked] == [1000] * 2 + [1064] * 8
+    assert asked[0] != asked[1] and asked[2][:1000] != asked[3][:1000]  # each of a prefix that nobody has seen
+    assert all(ids[:1000] == asked[3][:1000] for ids in asked[4:])
+    assert len({tuple(ids[1000:]) for ids in asked[3:]}) == 7  # another question each time
 
 
 def test_the_stored_table_shows_the_ratio_to_stock_at_its_best_chunk() -> None:
