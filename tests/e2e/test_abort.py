@@ -50,7 +50,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
 
 def test_aborts_at_any_chunk_give_all_pages_back(assets: Assets) -> None:
     config = assets.folder / "abort.yaml"
-    config.write_text(yaml.safe_dump({"default": {"pattern": "a_shape", "sink": 16, "local": 64}, "min_tokens": 64}))
+    recipe = {"pattern": "a_shape", "sink": 16, "local": 64}
+    # chunks of 16 tokens of text would be all question, and dense
+    config.write_text(yaml.safe_dump({"default": recipe, "min_tokens": 64, "text_tail": 0}))
     command, environment = server_command(
         str(assets.models["qwen2_5_vl"]), config=str(config), cores=2,
         extra=[
