@@ -78,6 +78,8 @@ class Captured:
         options: dict[str, Any] = {}
         if "Qwen3" in type(self.processor).__name__:
             options = {"video_metadata": [[metadata]], "do_sample_frames": False}
+        if "size" in limits:  # of the processor, after the frames' own
+            options["size"] = limits["size"]
         inputs = self.processor(text=[text], videos=[frames], return_tensors="pt", **options)
         if self.config.model_type == "qwen2_5_vl":
             inputs["position_ids"] = self._served_positions(inputs)
