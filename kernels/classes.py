@@ -72,6 +72,11 @@ def tail(layout: TokenLayout, queries: int, most: int) -> int:
     return max(0, min(most, queries, layout.length - shown))
 
 
+def is_question(layout: TokenLayout, queries: int, most: int) -> bool:
+    """Whether the whole chunk is such a tail, as after a radix hit: every query is to attend every key."""
+    return tail(layout, queries, most) == queries
+
+
 def mask(layout: TokenLayout, name: str) -> torch.Tensor:
     """bool [Nk]: positions of a class."""
     return _once(layout, ("mask", name), lambda: (layout.modality == TEXT) == (name == "text"))

@@ -45,7 +45,7 @@ def _groups(
     q: torch.Tensor, k: torch.Tensor, slots: torch.Tensor | None, layout: TokenLayout, patterns: Sequence[HeadPattern],
     tail: int, scale: float, ops: Ops, team: Team | None,
 ) -> Iterator[HeadGroup]:  # fmt: skip
-    if classes.tail(layout, len(q), tail) == len(q):  # nothing but the question, as after a radix hit
+    if classes.is_question(layout, len(q), tail):
         patterns = [Dense()] * len(patterns)
     for pattern in dict.fromkeys(patterns):  # heads of equal recipes form groups, in order of first use
         yield from groups_of(q, k, slots, layout, patterns, pattern, scale, ops, team)

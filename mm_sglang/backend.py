@@ -28,7 +28,7 @@ from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.start import start_ranks
 from mm_sglang.dense import DenseSide
 from mm_sglang.guard import Recipes
-from mm_sglang.kernels.classes import tail
+from mm_sglang.kernels.classes import is_question
 from mm_sglang.kernels.layout import TokenLayout, upload
 from mm_sglang.kernels.patterns import Auto, Dense, HeadPattern
 from mm_sglang.kernels.prefill import sparse_prefill
@@ -184,7 +184,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
                 layout = layout_from_sglang(inputs, keys, self.merge, self.device)
             except ValueError as error:  # one odd request must not stop the server
                 return ("no token layout: ", str(error))
-        if tail(layout, length, self.config.text_tail) == length:
+        if is_question(layout, length, self.config.text_tail):
             # Every key for every query, and the dense backend splits long keys over all processors, in the pool's order
             return ("nothing but a question, as after a radix hit",)
         return layout

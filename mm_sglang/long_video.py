@@ -68,8 +68,7 @@ def long_video(
     Raises:
         ValueError: fewer than 1024 tokens, a model whose configuration can't be read, or too little memory.
     """
-    if tokens < 1024:
-        raise ValueError(f"--max-video-tokens {tokens}: needs at least 1024")
+    _require_tokens(tokens)
     from transformers import AutoConfig
 
     try:
@@ -101,6 +100,11 @@ def long_video(
     return LongVideo(flags=flags, environment=environment, needs=needs)
 
 
+def _require_tokens(tokens: int) -> None:
+    if tokens < 1024:
+        raise ValueError(f"--max-video-tokens {tokens}: needs at least 1024")
+
+
 def video_limits(tokens: int, side: int) -> dict[str, Any]:
     """--mm-process-config's "video", by which no video has more than `tokens` tokens of `side` x `side` pixels.
 
@@ -109,7 +113,11 @@ def video_limits(tokens: int, side: int) -> dict[str, Any]:
     so few that a share has LEAST_PER_FRAME, and `min_pixels` is less than half of one. transformers' processor resizes
     after that, to multiples of `side` (SGLang's are of 28): Qwen3-VL's by `size` of the whole video, whose own limit is
     12,288 tokens; Qwen2.5-VL's by `size` of a frame, which those limits leave as it is.
+
+    Raises:
+        ValueError: fewer than 1024 tokens.
     """
+    _require_tokens(tokens)
     return {
         "fps": 2,
         "max_frames": 2 * (tokens // LEAST_PER_FRAME),

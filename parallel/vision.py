@@ -59,6 +59,11 @@ def patches(grids: Sequence[Sequence[int]], share: Sequence[Frames]) -> int:
     return sum((f.last - f.first) * grids[f.item][1] * grids[f.item][2] for f in share)
 
 
+def own_grids(grids: Sequence[Sequence[int]], share: Sequence[Frames]) -> list[list[int]]:
+    """Grids [t, h, w] of these frames, as items of their own."""
+    return [[f.last - f.first, *grids[f.item][1:]] for f in share]
+
+
 def slices(grids: Sequence[Sequence[int]], share: Sequence[Frames], most: int) -> tuple[tuple[Frames, ...], ...]:
     """A rank's frames in pieces, in order: each of at most `most` patches, or of one frame that has more."""
     pieces: list[list[Frames]] = []

@@ -93,14 +93,12 @@ def specs(parts: list[str], longest: int, folder: Path, rivals: list[str]) -> li
                     if who != "stock"]  # fmt: skip
             if "stock" in rivals and chunk in (8 * K, 128 * K):
                 out.append(spec("chunks", "stock", upto(128 * K, 512 * K), folder, chunk=chunk))
+    turn = VIDEO["frames"] * VIDEO["rows"] * VIDEO["cols"] + VIDEO["text"]
     for who in rivals if "question" in parts else ():
-        out.append(spec("question", who, [upto(128 * K)[0]], folder))
-        turn = VIDEO["frames"] * VIDEO["rows"] * VIDEO["cols"] + VIDEO["text"]
         whole = [n - n % turn - VIDEO["text"] for n in upto(128 * K, 512 * K, 1024 * K)]  # each ends with a video
+        out.append(spec("question", who, whole, folder))
         out[-1] |= {"questions": {"tokens": whole, "more": QUESTION}, "lengths": []}
-        arguments = out[-1]["arguments"]
-        arguments["context_length"], arguments["max_total_tokens"] = whole[-1] + 4096, whole[-1] + 65536
-        arguments["disable_radix_cache"] = False
+        out[-1]["arguments"]["disable_radix_cache"] = False
     if "auto" in parts:
         out.append(spec("auto", "mm_sparse:auto", upto(128 * K, 512 * K, 1024 * K), folder))
     if "probe" in parts:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mm_sglang.context_parallel.collectives import Ranks
-from mm_sglang.parallel.vision import Frames, frame_shares, patches, slices
+from mm_sglang.parallel.vision import Frames, frame_shares, own_grids, patches, slices
 
 PATCHES = 1 << 16  # of a slice: some 2 GB in a tower of 1280 dimensions, and rows enough for its matrix products
 
@@ -49,7 +49,7 @@ def encode_in_slices(tower: Any, ranks: Ranks | None) -> None:
             return encoded
 
         def run(part: Sequence[Frames], first: int, count: int) -> torch.Tensor:
-            grid = torch.tensor([[f.last - f.first, *grids[f.item][1:]] for f in part])
+            grid = torch.tensor(own_grids(grids, part))
             made: torch.Tensor = original(x[first * unit : (first + count) * unit], grid_thw=grid)
             return made
 

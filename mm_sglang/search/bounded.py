@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mm_sglang.compat.vision_slices import PATCHES
-from mm_sglang.parallel.vision import frame_shares, patches, slices
+from mm_sglang.parallel.vision import frame_shares, own_grids, patches, slices
 
 ROWS = 32768  # of the text at once, as many as a server's chunk has
 
@@ -48,7 +48,7 @@ def _in_slices(tower: Any) -> None:
     def forward(x: torch.Tensor, grid_thw: torch.Tensor, **options: Any) -> Any:
         grids, made, first = grid_thw.tolist(), [], 0
         for part in slices(grids, frame_shares(grids, 1)[0], PATCHES):
-            grid = torch.tensor([[f.last - f.first, *grids[f.item][1:]] for f in part], device=tower.device)
+            grid = torch.tensor(own_grids(grids, part), device=tower.device)
             last = first + patches(grids, part)
             made.append(original(x[first:last].to(tower.device), grid_thw=grid, **options))
             first = last

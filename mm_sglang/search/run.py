@@ -7,7 +7,6 @@ All is measured as a server runs it, the question's queries dense (`text_tail`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from mm_sglang.config import TEXT_TAIL, SparseConfig
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.prefill import sparse_prefill
-from mm_sglang.long_video import long_video
+from mm_sglang.long_video import video_limits
 from mm_sglang.model_hash import model_hash
 from mm_sglang.search.candidates import FAMILIES, at_density, density_by_head
 from mm_sglang.search.capture import Captured, known_config
@@ -54,12 +53,11 @@ def search(
     """
     _check(target, families)
     config = known_config(model)
-    limits: dict[str, Any] = {}
-    if max_video_tokens is not None:
-        limits = json.loads(long_video(model, max_video_tokens).flags["--mm-process-config"])["video"]
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    limits = {} if max_video_tokens is None else video_limits(max_video_tokens, side)
     named: dict[str, Path] = {}
     for video in videos:
-        require_length(video, limits, config.vision_config.patch_size * config.vision_config.spatial_merge_size)
+        require_length(video, limits, side)
         name = f"{video.name} {content_of(video)}"  # by content too: two folders may each have a clip.mp4
         if name in named:
             raise ValueError(f"--videos: {video} and {named[name]} are the same: needs each once")
