@@ -75,7 +75,7 @@ class AutoHeads:
         if held is None or held.end != prefix or keys >= GROWTH * held.at[1] or set(autos) != set(held.chosen):
             found = {
                 auto: choose(
-                    q, k, v, layout=layout, candidates=CANDIDATES, density=auto.density, scale=scale,
+                    q, k, v, layout=layout, candidates=CANDIDATES, density=auto.share(prefix, keys), scale=scale,
                     engine=self.engine, slots=slots, out=out,
                 ).recipes
                 for auto in autos
@@ -84,12 +84,15 @@ class AutoHeads:
             held = layers[layer] = _Held(chosen=found, at=(prefix, keys), end=keys)
             self._tell(layer, [found[p][head] for head, p in enumerate(patterns) if isinstance(p, Auto)])
         held.end = keys
-        return tuple(
-            replace(for_chunk(held.chosen[p][head], held.at, (prefix, keys)), residual=p.residual)
-            if isinstance(p, Auto)
-            else p
-            for head, p in enumerate(patterns)
-        )
+        now = (prefix, keys)
+
+        def of_head(head: int, auto: Auto) -> HeadPattern:
+            chosen = for_chunk(held.chosen[auto][head], held.at, now)
+            if (change := auto.share(*now) / auto.share(*held.at)) != 1:
+                chosen = chosen.scaled(change)
+            return replace(chosen, residual=auto.residual)
+
+        return tuple(of_head(head, p) if isinstance(p, Auto) else p for head, p in enumerate(patterns))
 
     def _tell(self, layer: int, chosen: Sequence[HeadPattern]) -> None:
         names = Counter(f"{p.boundary} boundary" if isinstance(p, Boundary) else p.kind for p in chosen)

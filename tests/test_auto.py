@@ -57,6 +57,22 @@ def test_a_choice_holds_until_the_keys_are_fourfold(asked: list[Any], caplog: py
     ]
 
 
+def test_a_limit_on_keys_makes_the_share_smaller_in_long_prompts(asked: list[Any]) -> None:
+    auto = Auto(density=0.5, keys=1000)
+    assert auto.share(0, 4000) == 0.5 and auto.share(6000, 10_000) == 1000 / 8000
+    assert auto.scaled(2) == Auto(density=0.99, keys=2000) and auto.scaled(0.01).keys == 128
+    heads = AutoHeads(REFERENCE, Metrics(on=False))
+    recipes(heads, "a", 0, 4000, [auto] * 4)
+    first = recipes(heads, "a", 4000, 4000, [auto] * 4)  # sees 6000 keys in the mean: a third of the share at first
+    plain = recipes(heads, "b", 0, 4000, [Auto(density=0.5)] * 4)
+    later = recipes(heads, "b", 4000, 4000, [Auto(density=0.5)] * 4)
+    assert asked == [(4000, 0.5), (4000, 0.5)] and plain[2] == VerticalSlash(columns=50, slashes=64)
+    assert later[2] == VerticalSlash(columns=100, slashes=192)
+    assert first[2] == VerticalSlash(columns=100, slashes=192).scaled(1 / 3)
+    recipes(heads, "a", 8000, 8000, [auto] * 4)
+    assert asked[-1] == (16_000, 1000 / 12_000)
+
+
 def test_requests_and_layers_choose_for_themselves(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REQUESTS", 2)
     heads = AutoHeads(REFERENCE, Metrics(on=False))
@@ -107,6 +123,8 @@ def test_settings_may_say_auto_anywhere() -> None:
     [
         ({"pattern": "auto", "density": 1.5}, "auto: density=1.5: needs a share between 0 and 1"),
         ({"pattern": "auto", "density": True}, "auto: density=True: needs a share"),
+        ({"pattern": "auto", "keys": 100}, "auto: keys=100: needs a number of keys from 128"),
+        ({"pattern": "auto", "keys": 1e4}, "auto: keys=10000.0: needs a number"),
         ({"pattern": "auto", "recall": 0.9}, "pattern auto: unknown key 'recall'"),
         ({"pattern": "auto", "boundary": "q"}, "part text: auto: needs no boundary, it chooses one itself"),
     ],

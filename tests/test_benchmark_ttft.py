@@ -66,7 +66,7 @@ def test_contestants_differ_in_the_backend_alone(tmp_path: Path) -> None:
     assert prompt(50, 1) == prompt(50, 1) != prompt(50, 2)
 
 
-@pytest.mark.parametrize("kind", ["auto", "probe"])
+@pytest.mark.parametrize("kind", ["defaults", "probe"])
 def test_other_settings_are_valid(kind: str) -> None:
     config = SparseConfig.from_mapping(settings(kind))
     config.check_model(layers=LAYERS, heads=28)

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.kernels.cases import PAPER_GRID, PAPER_SLASH, K, fitted
 from benchmarks.kernels.planted import KINDS
 from benchmarks.ttft.model import LAYERS, TEXT
+from mm_sglang.config import default_config
 
 GROUP = TEXT["num_attention_heads"] // TEXT["num_key_value_heads"]
 VIDEO = {"frames": 16, "rows": 14, "cols": 14, "text": 512}  # as benchmarks/kernels/planted.py lays out "mix"
@@ -21,7 +24,7 @@ PARTS = {
     "chunks": "4 layers, chunks of 8K to 128K tokens",
     "probe": "4 layers, a recall probe of every layer and chunk",
     "question": "4 layers, a video, the same with a question after it, and a question about a video in the radix cache",
-    "auto": "4 layers, heads that choose for themselves",
+    "defaults": "4 layers, the settings that apply when none are given: every head chooses for itself",
 }
 QUESTION = 64  # tokens
 
@@ -29,10 +32,13 @@ QUESTION = 64  # tokens
 def settings(kind: str, layers: int = LAYERS) -> dict[str, Any]:
     """mm_sparse's settings: "mix" is benchmarks/kernels' mix of heads, "paper" MMInference's budgets.
 
-    "probe" is the mix with its recall watched in every layer and chunk, "auto" the pattern of that name.
+    "probe" is the mix with its recall watched in every layer and chunk. "defaults" are what applies without settings,
+    with a guard that measures as often but finds every head good: it would make heads of dummy weights, which look
+    everywhere, dense.
     """
-    if kind == "auto":
-        return {"default": {"pattern": "auto", "density": 0.05}, "min_tokens": 16 * K, "assume_video": VIDEO}
+    if kind == "defaults":
+        given: dict[str, Any] = yaml.safe_load(default_config().read_text())
+        return given | {"guard": given["guard"] | {"coverage": 1e-9}, "assume_video": VIDEO}
     recipes = [PAPER_SLASH, PAPER_GRID] * 2 if kind == "paper" else [fitted(name, 0) for name in KINDS[:4]]
     heads = {str(head): recipes[head // GROUP] for head in range(TEXT["num_attention_heads"])}
     by_layer = {str(layer): {"heads": heads} for layer in range(layers)}
@@ -99,8 +105,9 @@ def specs(parts: list[str], longest: int, folder: Path, rivals: list[str]) -> li
         out.append(spec("question", who, whole, folder))
         out[-1] |= {"questions": {"tokens": whole, "more": QUESTION}, "lengths": []}
         out[-1]["arguments"]["disable_radix_cache"] = False
-    if "auto" in parts:
-        out.append(spec("auto", "mm_sparse:auto", upto(128 * K, 512 * K, 1024 * K), folder))
+    for who in rivals if "defaults" in parts else ():
+        name = "stock" if who == "stock" else "mm_sparse:defaults"
+        out.append(spec("defaults", name, upto(64 * K, *LENGTHS[2:]), folder))
     if "probe" in parts:
         out.append(spec("probe", "mm_sparse:probe", upto(128 * K, 512 * K, 1024 * K), folder))
     return sorted(out, key=lambda s: list(PARTS).index(s["part"]))
