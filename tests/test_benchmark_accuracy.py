@@ -26,6 +26,7 @@ from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
 from mm_sglang.kernels.ops import reference_ops
 from mm_sglang.kernels.patterns import AShape, HeadPattern
 from mm_sglang.kernels.prefill import make_plan
+from mm_sglang.search import bounded
 
 HEADS = 4
 
@@ -69,9 +70,16 @@ def noise(tokens: int) -> tuple[torch.Tensor, torch.Tensor, TokenLayout]:
     return q, k, TokenLayout(items=items, length=tokens)
 
 
-def test_prepared_embeddings_give_what_transformers_gives(folder: Path, student: Student, prompt: Prompt) -> None:
+def test_prepared_embeddings_give_what_transformers_gives(
+    folder: Path, student: Student, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = make_sample("mm_niah", tokens=1200, seed=3, split="test", depth=0.5)
     inputs = Encoder(folder, "cpu")(sample, answers=True)
+    with monkeypatch.context() as patch:  # as past 65,536 patches: the tower's frames in slices
+        patch.setattr(bounded, "PATCHES", 300)
+        sliced = student.prepare(inputs).inputs["inputs_embeds"]
+    assert sum(len(inputs[name]) for name in ("pixel_values", "pixel_values_videos")) > 600
+    torch.testing.assert_close(sliced, prompt.inputs["inputs_embeds"], rtol=1e-4, atol=1e-5)
     length = len(prompt.answer) + prompt.layout.length
     labels = inputs.pop("labels")[0]
     assert prompt.layout.items and labels[prompt.layout.length :][: len(prompt.answer)].equal(prompt.answer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.tiny_model.forward import use_fast_attention, vision_features
+from benchmarks.tiny_model.forward import use_fast_attention
 from mm_sglang.choice import choose_engine
 from mm_sglang.kernels.attend.reference import dense_rows
 from mm_sglang.kernels.inspection import tile_counts_on_device
@@ -86,9 +86,9 @@ class Student:
             ("image", "pixel_values", config.image_token_id), ("video", "pixel_values_videos", config.video_token_id),
         ):  # fmt: skip
             if pixels in placed:
-                grids = [(t, h, w) for t, h, w in placed[f"{name}_grid_thw"].tolist()]
-                features = vision_features(self.held.model, placed[pixels], grids).to(embeds.dtype)
-                embeds = embeds.masked_scatter((ids == token)[..., None], features)
+                tower = self.held.model.model.visual  # takes the frames in slices: nothing of them is counted out here
+                shown = tower(placed[pixels].to(embeds.dtype), grid_thw=placed[f"{name}_grid_thw"]).pooler_output
+                embeds = embeds.masked_scatter((ids == token)[..., None], shown.to(embeds.dtype))
         layout = layout_from_processor(
             {name: x.cpu() for name, x in placed.items() if name.endswith(("_thw", "_ts"))} | {"input_ids": ids.cpu()},
             image_token_id=config.image_token_id, video_token_id=config.video_token_id,

@@ -2,15 +2,19 @@
 
 Why: SGLang's SchedulerActor never calls load_plugins, so the backend `mm_sparse` is unknown in it; it
     calls torch.cuda.set_device where there is no CUDA; and nobody watches it: a rank that is stopped, or whose
-    neighbour died in a collective, hangs until the process group's timeout.
+    neighbour died in a collective, hangs until the process group's timeout. It also takes the number that its GPU has
+    on the host for the number that CUDA knows it by, but Ray shows each actor its own GPU alone, as number 0: on two
+    H100s the second rank ended with "invalid device ordinal".
 How: REPLACE `sglang.srt.ray.engine._create_scheduler_actor` by one that makes an actor of mm_sglang/jobs/rank.py, which
-    holds SGLang's. Installed in a replica's leader only, never by the plugin.
+    holds SGLang's. Installed in a replica's leader only, never by the plugin. `see_all_gpus` shows an actor all of the
+    host's GPUs, as SGLang's ranks see them without Ray.
 Upstream: sglang/srt/ray/engine.py, sglang/srt/ray/scheduler_actor.py; sgl-project/sglang#26723 would load the plugins.
 Versions: 0.5.23. Remove when the actor class can be chosen.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from mm_sglang.jobs.gang import Gang
@@ -33,3 +37,8 @@ def install(gang: Gang, environment: dict[str, str]) -> None:
         return actor.remote(gang, arguments["tp_rank"], arguments)
 
     engine._create_scheduler_actor = create
+
+
+def see_all_gpus() -> None:
+    """Undo Ray's narrowing of this process to its GPU, before anything initialises CUDA; which one it has stays known."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)

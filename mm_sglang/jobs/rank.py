@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from mm_sglang.compat.ray_ranks import see_all_gpus
 from mm_sglang.jobs.gang import Gang
 from mm_sglang.jobs.patience import refusal
 from mm_sglang.parallel.beat import start_beat
@@ -34,6 +35,7 @@ class Rank:
             self._report()
 
     def _load(self, arguments: dict[str, Any]) -> Any:
+        see_all_gpus()
         from sglang.srt.plugins import load_plugins
         from sglang.srt.ray.scheduler_actor import SchedulerActor
 

@@ -46,6 +46,8 @@ def _in_slices(tower: Any) -> None:
     original = tower.forward
 
     def forward(x: torch.Tensor, grid_thw: torch.Tensor, **options: Any) -> Any:
+        if whole := [name for name, value in options.items() if isinstance(value, torch.Tensor)]:
+            raise ValueError(f"{', '.join(whole)}: of all frames, which are taken in slices: needs grid_thw alone")
         grids, made, first = grid_thw.tolist(), [], 0
         for part in slices(grids, frame_shares(grids, 1)[0], PATCHES):
             grid = torch.tensor(own_grids(grids, part), device=tower.device)
