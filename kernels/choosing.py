@@ -48,6 +48,7 @@ def choose(
     engine: Engine,
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    learnt: dict[HeadPattern, float] | None = None,
 ) -> Choice:
     """The candidate of best recall for each head, with budgets at which it computes `density` of the dense tiles.
 
@@ -59,6 +60,8 @@ def choose(
         candidates: recipes whose budgets are scaled together; those that the layout gives no sense are left out.
         density: share of dense attention's tiles, of all heads of a candidate together.
         out: scratch [Nq, H, D] in q's dtype, overwritten; None: new memory.
+        learnt: by candidate, the budgets that came to the density over those first guessed; used, and kept up to date.
+            What a recipe costs differs little from layer to layer, so with it most layers need one round.
 
     Raises:
         ValueError: no candidate is left, or what `sparse_prefill` raises.
@@ -68,7 +71,7 @@ def choose(
         raise ValueError(f"candidates={list(candidates)}: needs at least one for this layout")
     engine.check(q)
     sample = Sample(q, k, v, layout, scale, engine, slots, torch.empty_like(q) if out is None else out)
-    tries = _balanced(sample, fitting, density)
+    tries = _balanced(sample, fitting, density, {} if learnt is None else learnt)
     affordable = [t for t in tries if t.cost <= SLACK * density] or [min(tries, key=lambda t: t.cost)]
     dense = sample.lse(sample.plan(Dense()))
     held = torch.stack([recall(sample.lse(t.plan), dense) for t in affordable]).cpu()  # [C, H]
@@ -114,16 +117,18 @@ class _Try:
         return max(sum(self.by_head) / len(self.by_head), 1e-6)
 
 
-def _balanced(sample: Sample, candidates: Sequence[HeadPattern], density: float) -> list[_Try]:
+def _balanced(
+    sample: Sample, candidates: Sequence[HeadPattern], density: float, learnt: dict[HeadPattern, float]
+) -> list[_Try]:
     """Each candidate's try nearest to the target, from below if any is: secants in logarithms of budget and cost."""
     best: dict[int, _Try] = {}  # of the others' plans nothing is kept: they are long at a million tokens
     past: list[list[tuple[float, float]]] = [[] for _ in candidates]  # (factor, cost)
+    guess = [AIM * density * sample.layout.length / _tokens(candidate) for candidate in candidates]
     for _ in range(ROUNDS):
         still = [n for n, held in enumerate(past) if not held or not CLOSE * density <= held[-1][1] <= density]
         made = []
         for n in still:
-            start = AIM * density * sample.layout.length / _tokens(candidates[n])
-            factor = _next(past[n], density) if past[n] else start
+            factor = _next(past[n], density) if past[n] else guess[n] * learnt.get(candidates[n], 1.0)
             pattern = candidates[n].scaled(factor)
             made.append((n, factor, pattern, sample.plan(pattern)))
         costs = torch.stack([sample.cost(plan) for *_, plan in made]).tolist() if made else []  # a round's one wait
@@ -132,6 +137,7 @@ def _balanced(sample: Sample, candidates: Sequence[HeadPattern], density: float)
             past[n].append((factor, new.cost))
             if n not in best or _distance(new, density) < _distance(best[n], density):
                 best[n] = new
+    learnt.update((candidates[n], tried.factor / guess[n]) for n, tried in best.items() if tried.cost <= density)
     return [best[n] for n in range(len(candidates))]
 
 

@@ -1,8 +1,8 @@
 """`auto` heads in a server: what each chose, for as long as its request is prefilled.
 
 A choice costs time once a layer: at a request's first sparse chunk, and again when its keys have grown fourfold. It
-plans eight candidates up to three times, attends 8 tiles of queries for each, and waits for the device up to four
-times; at any other chunk the choice is scaled to the chunk's size and nothing waits.
+plans eight candidates up to three times, mostly once past a request's first layer, attends 8 tiles of queries for
+each, and waits for the device up to four times; at any other chunk the choice is scaled to the chunk's size and nothing waits.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ class _Held:
 
 
 @dataclass
+class _Request:
+    """layers: by number. learnt: of `choose`, by one request alone, so that equal prompts choose alike."""
+
+    layers: dict[int, _Held] = field(default_factory=dict)
+    learnt: dict[HeadPattern, float] = field(default_factory=dict)
+
+
+@dataclass
 class AutoHeads:
     """Turns `auto` among a layer's recipes into what its heads chose; each tensor-parallel rank decides for its own.
 
@@ -54,7 +62,7 @@ class AutoHeads:
     engine: Engine
     metrics: Metrics
     agree: Callable[[Any], Any] = lambda found: found
-    held: OrderedDict[str, dict[int, _Held]] = field(default_factory=OrderedDict)
+    held: OrderedDict[str, _Request] = field(default_factory=OrderedDict)
     said: set[int] = field(default_factory=set)
 
     def recipes(
@@ -66,22 +74,22 @@ class AutoHeads:
         if not autos:
             return patterns
         keys, prefix = layout.length, layout.length - len(q)
-        layers = self.held.setdefault(rid, {})
+        request = self.held.setdefault(rid, _Request())
         self.held.move_to_end(rid)
         if len(self.held) > REQUESTS:
             self.held.popitem(last=False)
-        held = layers.get(layer)
+        held = request.layers.get(layer)
         # A chunk that does not go on where the last one ended is of another prompt under an old name, or starts again.
         if held is None or held.end != prefix or keys >= GROWTH * held.at[1] or set(autos) != set(held.chosen):
             found = {
                 auto: choose(
                     q, k, v, layout=layout, candidates=CANDIDATES, density=auto.share(prefix, keys), scale=scale,
-                    engine=self.engine, slots=slots, out=out,
+                    engine=self.engine, slots=slots, out=out, learnt=request.learnt,
                 ).recipes
                 for auto in autos
             }  # fmt: skip
             found = self.agree(found)
-            held = layers[layer] = _Held(chosen=found, at=(prefix, keys), end=keys)
+            held = request.layers[layer] = _Held(chosen=found, at=(prefix, keys), end=keys)
             self._tell(layer, [found[p][head] for head, p in enumerate(patterns) if isinstance(p, Auto)])
         held.end = keys
         now = (prefix, keys)

@@ -40,5 +40,5 @@ def install(gang: Gang, environment: dict[str, str]) -> None:
 
 
 def see_all_gpus() -> None:
-    """Undo Ray's narrowing of this process to its GPU, before anything initialises CUDA; which one it has stays known."""
+    """Undo Ray's narrowing to one GPU, before anything initialises CUDA; which one this process has stays known."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)

@@ -15,8 +15,9 @@ from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import recall, tiles_by_head
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import Auto, Boundary, HeadPattern, head_pattern
+from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
-from mm_sglang.kernels.sampling import sampled
+from mm_sglang.kernels.sampling import Sample, sampled
 
 REFERENCE = engine("reference")
 TOKENS = 8192
@@ -102,6 +103,28 @@ def test_a_chunk_with_a_prefix_in_a_paged_pool_chooses_the_same() -> None:
         slots=rows.int(),
     )  # fmt: skip
     assert plain.recipes == paged.recipes and plain.recall == pytest.approx(paged.recall)
+
+
+def test_what_one_layer_learnt_of_costs_spares_the_next_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    plan = Sample.plan
+
+    def counted(self: Sample, pattern: HeadPattern) -> Plan:
+        planned[-1] += 1
+        return plan(self, pattern)
+
+    monkeypatch.setattr(Sample, "plan", counted)
+    learnt: dict[HeadPattern, float] = {}
+    chosen = []
+    for given in (learnt, learnt, None):
+        q, k, v = tensors(700, 1300)
+        planned.append(0)
+        chosen.append(
+            choose(q, k, v, layout=TokenLayout(items=ITEMS, length=2000), candidates=CANDIDATES, density=0.5,
+                   scale=0.4, engine=REFERENCE, learnt=given)
+        )  # fmt: skip
+    assert learnt and planned[1] < planned[0] == planned[2], planned
+    assert chosen[0] == chosen[2] and max(chosen[1].density) <= SLACK * 0.5
 
 
 def test_a_text_prompt_has_neither_grids_nor_boundaries() -> None:
