@@ -6,8 +6,6 @@ Planning twins are compared through whole plans (every pattern and boundary); en
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
 
-from recipes import ITEMS, RECIPES, SHAPES, relative_error
+from recipes import ITEMS, RECIPES, SHAPES, listed_once, relative_error
 
 from mm_sglang.kernels.attend.splits import parts_for
 from mm_sglang.kernels.engines import engine
@@ -24,7 +22,6 @@ from mm_sglang.kernels.inspection import attended, check, tile_map
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import reference_ops, triton_ops
 from mm_sglang.kernels.patterns import head_pattern
-from mm_sglang.kernels.plan import HeadGroup, Plan
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 from mm_sglang.kernels.sampling import sampled
 
@@ -34,16 +31,6 @@ ENGINES = ["triton", pytest.param("fa4", marks=pytest.mark.gpu)]
 # (prefix, queries). The interpreter takes seconds a tile: both end inside a tile, the second one is past every item.
 INTERPRETED = [(100, 129), (200, 190)]
 MORE = [(0, 77), (0, 611), (256, 355), (610, 1)]
-
-
-def listed_once(plan: Plan) -> Plan:
-    """A plan to look into head by head: its tile lists, seconds of Triton's interpreter, are the same each time."""
-
-    def remembered(group: HeadGroup) -> HeadGroup:
-        lists = cache(lambda first, last: group.tile_lists(group, first, last))
-        return replace(group, tile_lists=lambda _, first, last: lists(first, last))
-
-    return replace(plan, groups=tuple(remembered(group) for group in plan.groups))
 
 
 def tensors(
