@@ -45,7 +45,7 @@ def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) 
     ]  # fmt: skip
     mark = new_mark()
     environment = os.environ | {MARK: mark}
-    log, end = tmp_path / "stderr", time.monotonic() + 150
+    log, end = tmp_path / "stderr", time.monotonic() + 300
     with log.open("w") as stderr:
         first = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env=environment)
     try:
