@@ -88,7 +88,7 @@ def test_settings_that_only_a_rank_can_refuse(assets: Assets, tmp_path: Path) ->
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | {MARK: mark},
     )  # fmt: skip
-    said = job.stderr.splitlines()
+    said = [line for line in job.stderr.splitlines() if "waits for a place" not in line]  # Ray may be slow to give one
     assert job.returncode == 2 and len(said) == 2, job.stderr  # how many inputs there are, and why not
     assert "replica 0 does not start: mm_sparse does not serve a KV cache of torch.float8_e4m3fn" in said[1]
     assert left_behind(mark) == []
