@@ -23,8 +23,12 @@ START = Path(__file__).parent / "helpers" / "start"
 if str(START) not in os.environ.get("PYTHONPATH", ""):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(START), os.environ.get("PYTHONPATH")]))
 
+# Ray makes its workers nice (15): beside other tests they would hardly run, and be all that is left at the end.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: side_by_side(item.nodeid) != "Ray")  # first: they take longest, and wait a lot
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from asking import FORKED
 from assets import Assets
 
 from mm_sglang.demo.client import ask
@@ -60,7 +61,7 @@ def test_aborts_at_any_chunk_give_all_pages_back(assets: Assets) -> None:
             "--enable-metrics",
         ],
     )  # fmt: skip
-    with Server(command, environment, assets.folder / "abort.log") as server:
+    with Server(command, environment | FORKED, assets.folder / "abort.log") as server:
         first = ask(server.url, assets.prompts["video"], 4)
         wait_until(lambda: used_tokens(server.url) == 0)
         held: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from asking import FORKED
 from assets import Assets
 
 from mm_sglang.demo.client import ask
@@ -25,7 +26,7 @@ def test_heads_choose_once_and_keep_to_it(assets: Assets) -> None:
     extra += ["--json-model-override-args", json.dumps({"mm_sparse": settings}), "--tp-size", str(RANKS)]
     command, environment = server_command(str(assets.models["qwen2_5_vl"]), config=None, extra=extra, cores=RANKS)
     log = assets.folder / "auto.log"
-    with Server(command, environment, log) as server:
+    with Server(command, environment | FORKED, log) as server:
         server.flush_cache()
         answer = ask(server.url, assets.prompts["mixed"], 4)
     assert len(answer.tokens) == 4

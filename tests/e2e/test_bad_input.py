@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from asking import FORKED
 from assets import Assets
 
 from mm_sglang.demo.client import ask
@@ -30,7 +31,7 @@ def server(assets: Assets) -> Iterator[Server]:
         json.dumps({"mm_sparse": {"default": {"pattern": "grid"}, "min_tokens": 1}}),
     ]
     command, environment = server_command(str(assets.models["qwen2_5_vl"]), config=None, extra=extra, cores=1)
-    with Server(command, environment, assets.folder / "bad-input.log") as running:
+    with Server(command, environment | FORKED, assets.folder / "bad-input.log") as running:
         yield running
 
 
@@ -83,6 +84,7 @@ def test_a_backend_that_cannot_start_says_why(assets: Assets) -> None:
     """SGLang's own command, past the checks of `mm-sglang serve`: the server ends and its log names the reason."""
     model = str(assets.models["qwen2_5_vl"])
     _, environment = server_command(model, config=None, extra=[], cores=1)
+    environment |= FORKED
     command = [
         sglang_script(), "serve", model, "--attention-backend", "mm_sparse", "--device", "cpu",
         "--mm-attention-backend", "sdpa", "--max-total-tokens", "2048",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import ask_all_at_once
+from asking import FORKED, ask_all_at_once
 from assets import Assets
 from recipes import COVERING, TOKENS
 
@@ -59,7 +59,7 @@ def running(
     command, environment = server_command(
         str(assets.models[architecture]), config=None, extra=extra, cores=RANKS, context_parallel=RANKS
     )
-    with Server(command, environment, assets.folder / f"cp-{architecture}.log") as server:
+    with Server(command, environment | FORKED, assets.folder / f"cp-{architecture}.log") as server:
         yield Running(server, trace, settings, wanted[architecture])
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from asking import FORKED
 
 from mm_sglang.demo import run
 from mm_sglang.demo.trained import trained_model
@@ -26,6 +27,8 @@ def test_questions_about_needles_are_answered_and_sparse_answers_are_dense_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "VIDEO_S", 32.0)  # half of the demo's own, for the time
+    for name, value in FORKED.items():
+        monkeypatch.setenv(name, value)
     assert run.run_demo(out=tmp_path, video=None, question=None, seed=1) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     rows = report["questions"]

@@ -1,4 +1,4 @@
-"""Jobs on a cluster that is there already: through RAY_ADDRESS, through `ray job submit`, two at once."""
+"""Jobs on a cluster that is there already, through `ray job submit`; test_job_nodes.py has those without it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import pytest
 from assets import Assets
 from ray_head import JOB_SERVER, Head, Talk, ray_head
 
-pytestmark = pytest.mark.e2e
-needs_job_server = pytest.mark.skipif(not JOB_SERVER, reason="`ray job submit` needs ray[default]")
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not JOB_SERVER, reason="`ray job submit` needs ray[default]"),
+]
 MINUTES = 60
 VIDEOS = 4
 FLAGS = ("--max-tokens", "4", "--max-total-tokens", "4096")
@@ -58,9 +60,7 @@ def test_two_jobs_on_one_cluster(head: Head, folder: Path, tmp_path: Path) -> No
     """One with two replicas, one submitted with a working directory: every input once, and they don't meet."""
     outs = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
     first = run_command(outs[0], "--replicas", "2", *FLAGS)
-    second = run_command(outs[1], *FLAGS)
-    if JOB_SERVER:
-        second = submitted(head, *second)
+    second = submitted(head, *run_command(outs[1], *FLAGS))
     environment = head.environment | {"RAY_ADDRESS": head.address}
     jobs = [
         subprocess.Popen(
@@ -72,22 +72,15 @@ def test_two_jobs_on_one_cluster(head: Head, folder: Path, tmp_path: Path) -> No
     while any(job.poll() is None for job in jobs):
         assert time.monotonic() < end
         talk.look({str(outs[0]): "driver of first", str(outs[1]): "driver of second"})
-        time.sleep(2)  # a look is a second of a core
+        time.sleep(2)
     for job, out in zip(jobs, outs, strict=True):
         said = job.communicate()[0]
         assert job.returncode == 0 and "failed" not in said, said
         assert len(lines(out)) == VIDEOS == len({line["key"] for line in lines(out)})
     assert len({line["answer"] for out in outs for line in lines(out)}) == 1  # of one video, four times each
-    pairs = talk.pairs()
-    workers = {driver: {other for owner, other in pairs if owner == driver and other.isalnum()} for driver, _ in pairs}
-    (mine,), (others,) = workers["driver of first"], workers["driver of second"]
-    assert mine != others
-    for number, driver in ((mine, "driver of first"), (others, "driver of second")):
-        assert (number, number) in pairs  # its engine's ports and its process group's store
-        assert {other for owner, other in pairs if owner in (number, driver)} <= {number, driver}
+    talk.require_apart("driver of first", "driver of second")
 
 
-@needs_job_server
 def test_a_submitted_job_that_cannot_run(head: Head, folder: Path) -> None:
     """The exit code and the reason come through; results in Ray's copy of the folder would be lost."""
     from ray.job_submission import JobSubmissionClient

@@ -1,9 +1,10 @@
-"""A job on several hosts: a gang over two of them answers as one rank; a host that is lost takes no result with it."""
+"""Two jobs at once on a cluster of several hosts, through RAY_ADDRESS and --address: one with two replicas, one with a
+gang over two hosts. Every input once, the same answers, and the jobs don't meet."""
 
 from __future__ import annotations
 
 import json
-import random
+import os
 import subprocess
 import sys
 import time
@@ -15,67 +16,72 @@ import ray
 import yaml
 from assets import Assets
 from ray.util.placement_group import placement_group_table
-from recipes import SHARED
+from ray_head import Talk
 
-from benchmarks.soak import soak
-from benchmarks.soak_figures import NOTICED_S, Fault
 from benchmarks.soak_nodes import Nodes
 from mm_sglang.demo.video import render_video
 from mm_sglang.parallel.placement import connect
 
 pytestmark = pytest.mark.e2e
+VIDEOS = 4
+MINUTES = 60
 
 
-def test_every_host_is_lost_and_one_joins(tmp_path: Path) -> None:
-    """In the middle of a prefill. `soak` raises if a result is lost or doubled, a process left, a mark missed."""
-    heard: list[Fault] = []
-    soak(["nodes"], tmp_path, random.Random(0), slack=SHARED, on_fault=heard.append)
-    (fault,) = heard
-    assert fault["noticed_s"] <= SHARED * NOTICED_S
-    assert fault["waited"] == "needs 2 GPUs (0 of the cluster's 0 are free) and 2 CPUs (0 of the cluster's 0 are free)"
-
-
-def test_a_gang_over_two_hosts_answers_as_one_rank(assets: Assets, tmp_path: Path) -> None:
-    """Context parallelism between simulated hosts of one GPU each, with budgets that leave keys out."""
-    video = render_video(tmp_path / "video.mp4", seconds=16.0, width=224, height=168).path
+def test_two_jobs_on_hosts_of_one_gpu_each(assets: Assets, tmp_path: Path) -> None:
+    """Simulated hosts, a video in several chunks, budgets that leave keys out."""
+    whole = render_video(tmp_path / "video.mp4", seconds=16.0, width=224, height=168).path.read_bytes()
+    videos = [tmp_path / f"{number}.mp4" for number in range(VIDEOS)]
+    for number, video in enumerate(videos):
+        video.write_bytes(whole + bytes([number]))  # they differ in a last byte, which no decoder reads
     config = tmp_path / "sparse.yaml"
     sparse = {"pattern": "vertical_slash", "columns": 200, "slashes": 256}
     config.write_text(yaml.safe_dump({"default": sparse, "min_tokens": 1, "guard": {"coverage": 0.9}}))
-    nodes = Nodes(3, each=1)
-    jobs: list[subprocess.Popen[str]] = []
+    nodes = Nodes(4, each=1)
+    outs = {"replicas": tmp_path / "replicas.jsonl", "gang": tmp_path / "gang.jsonl"}
+    options = {"replicas": ("--replicas", "2"), "gang": ("--gpus", "2", "--address", nodes.address)}
+    jobs: dict[str, subprocess.Popen[str]] = {}
     try:
         connect(nodes.address, gpus=0)
         nodes.wait()
-        for gpus in (1, 2):
+        for name, out in outs.items():
             command = [
-                sys.executable, "-m", "mm_sglang", "job", "run", str(video), "--question", "?", "--max-tokens", "8",
-                "--model", str(assets.models["qwen2_5_vl"]), "--sparse-config", str(config), "--gpus", str(gpus),
-                "--address", nodes.address, "--out", str(tmp_path / f"{gpus}.jsonl"), "--max-total-tokens", "4096",
-                "--chunked-prefill-size", "512",
+                sys.executable, "-m", "mm_sglang", "job", "run", *map(str, videos), "--question", "?",
+                "--max-tokens", "8", "--model", str(assets.models["qwen2_5_vl"]), "--sparse-config", str(config),
+                "--out", str(out), "--max-total-tokens", "4096", "--chunked-prefill-size", "512", *options[name],
             ]  # fmt: skip
-            jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        hosts = most_hosts_of_a_gang(jobs)
-        said = [job.communicate(timeout=60)[0] for job in jobs]
+            environment = os.environ | ({"RAY_ADDRESS": nodes.address} if name == "replicas" else {})
+            jobs[name] = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        talk = Talk()
+        hosts = most_hosts_of_a_gang(jobs, talk, {str(out): f"driver of {name}" for name, out in outs.items()})
+        said = [job.communicate(timeout=60)[0] for job in jobs.values()]
     finally:
-        for job in jobs:
+        for job in jobs.values():
             job.kill()
         ray.shutdown()
         nodes.close()
-    assert [job.returncode for job in jobs] == [0, 0], said
+    assert [job.returncode for job in jobs.values()] == [0, 0] and "failed" not in "".join(said), said
     assert hosts == 2
-    one, two = (json.loads((tmp_path / f"{gpus}.jsonl").read_text()) for gpus in (1, 2))
-    assert one["prompt_tokens"] > 4 * 512 and one["completion_tokens"] == 8
-    assert two["answer"] == one["answer"] and two["tries"] == 1
+    found = {name: [json.loads(line) for line in out.read_text().splitlines()] for name, out in outs.items()}
+    for lines in found.values():
+        assert len(lines) == VIDEOS == len({line["key"] for line in lines})
+        assert all(line["prompt_tokens"] > 4 * 512 and line["completion_tokens"] == 8 for line in lines)
+        assert all(line["tries"] == 1 for line in lines)
+    assert {line["replica"] for line in found["replicas"]} == {0, 1}
+    assert len({line["answer"] for lines in found.values() for line in lines}) == 1  # of one video, on one rank and two
+    talk.require_apart("driver of replicas", "driver of gang")
 
 
-def most_hosts_of_a_gang(jobs: list[subprocess.Popen[Any]]) -> int:
-    """Seen while these run."""
-    most, end = 0, time.monotonic() + 300
-    while any(job.poll() is None for job in jobs):
+def most_hosts_of_a_gang(jobs: dict[str, subprocess.Popen[str]], talk: Talk, drivers: dict[str, str]) -> int:
+    """Seen while these run; who talks to whom is looked at, too."""
+    most, end = 0, time.monotonic() + 8 * MINUTES
+    while any(job.poll() is None for job in jobs.values()):
         assert time.monotonic() < end
         for group in placement_group_table().values():
-            bundles = group["bundles"]
+            bundles: dict[int, Any] = group["bundles"]
             gpus = [node for n, node in group["bundles_to_node_id"].items() if bundles[n].get("GPU")]
             most = max(most, len({node for node in gpus if node}))
-        time.sleep(1)
+        talk.look(drivers)
+        time.sleep(2)
     return most

@@ -17,6 +17,7 @@ from recipes import SHARED
 
 from benchmarks.processes import MARK, left_behind, new_mark
 from benchmarks.soak import soak
+from benchmarks.soak_figures import NOTICED_S, Fault
 
 pytestmark = pytest.mark.e2e
 SCHEMA = {
@@ -44,7 +45,7 @@ def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) 
     ]  # fmt: skip
     mark = new_mark()
     environment = os.environ | {MARK: mark}
-    log, end = tmp_path / "stderr", time.monotonic() + 150
+    log, end = tmp_path / "stderr", time.monotonic() + 300
     with log.open("w") as stderr:
         first = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env=environment)
     try:
@@ -87,17 +88,23 @@ def test_settings_that_only_a_rank_can_refuse(assets: Assets, tmp_path: Path) ->
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | {MARK: mark},
     )  # fmt: skip
-    said = job.stderr.splitlines()
+    said = [line for line in job.stderr.splitlines() if "waits for a place" not in line]  # Ray may be slow to give one
     assert job.returncode == 2 and len(said) == 2, job.stderr  # how many inputs there are, and why not
     assert "replica 0 does not start: mm_sparse does not serve a KV cache of torch.float8_e4m3fn" in said[1]
     assert left_behind(mark) == []
 
 
-def test_a_killed_an_aborted_and_a_stopped_rank(tmp_path: Path) -> None:
-    """Raises if a result is lost or doubled, a page or a process left, a mark missed.
+def test_a_killed_rank_an_abort_every_host_lost_and_a_stopped_rank(tmp_path: Path) -> None:
+    """In the middle of prefills of one job: `soak` raises if a result is lost or doubled, a page or a process left, a
+    mark missed. Where every host is lost, one joins once the job says that it waits.
 
     A gang takes most of a minute to start on two cores, so the one that was stopped, last, is not waited for.
     """
-    found = soak(["kill", "abort", "stop"], tmp_path, random.Random(0), come_back=False, slack=SHARED)
-    assert found["faults"] == {"kill": 1, "stop": 1, "abort": 1}
-    assert [found[name]["of"] for name in ("noticed_s", "back_s", "free_s")] == [2, 1, 1]
+    heard: list[Fault] = []
+    kinds = ["kill", "abort", "nodes", "stop"]
+    found = soak(kinds, tmp_path, random.Random(0), come_back=False, slack=SHARED, on_fault=heard.append)
+    assert [fault["kind"] for fault in heard] == kinds
+    assert [found[name]["of"] for name in ("noticed_s", "back_s", "free_s")] == [3, 2, 1]
+    lost = heard[2]
+    assert lost["noticed_s"] <= SHARED * NOTICED_S
+    assert lost["waited"] == "needs 2 GPUs (0 of the cluster's 0 are free) and 2 CPUs (0 of the cluster's 0 are free)"

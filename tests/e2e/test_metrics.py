@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import yaml
+from asking import FORKED
 from assets import Assets
 
 from mm_sglang.demo.client import ask
@@ -36,7 +37,7 @@ def test_metrics_of_a_server(assets: Assets) -> None:
         extra=["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--enable-mixed-chunk",
                "--enable-metrics"],
     )  # fmt: skip
-    with Server(command, environment, assets.folder / "metrics.log") as server:
+    with Server(command, environment | FORKED, assets.folder / "metrics.log") as server:
         with ThreadPoolExecutor(1) as chat:
             chat.submit(ask, server.url, [("text", "short")], 3000 if torch.cuda.is_available() else 200)
             for name in ("video", "mixed"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from asking import ask_all_at_once
+from asking import FORKED, ask_all_at_once
 from assets import Assets
 from recipes import COVERING, TOKENS
 
@@ -49,6 +49,7 @@ CASES = {
         "qwen3_vl", COVERING, ("--chunked-prefill-size", "64", "--enable-mixed-chunk")
     ),
 }
+SPAWNED = "chunk 64, page 1"  # its processes are started as SGLang starts them
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def running(
         else:
             extra += ["--json-model-override-args", dumps({"mm_sparse": settings})]
     command, environment = server_command(str(model), config=config, extra=extra, cores=os.cpu_count() or 1)
+    if request.param != SPAWNED:
+        environment |= FORKED
     with Server(command, environment, assets.folder / f"{slug}.log") as server:
         yield Running(request.param, case, server, trace, wanted[case.architecture])
 

@@ -12,6 +12,7 @@ from typing import Any
 import brute_force
 import pytest
 import torch
+from asking import FORKED
 from assets import Assets
 from hf_reference import HuggingFace
 
@@ -58,7 +59,7 @@ def test_output_is_the_softmax_over_the_brute_force_masks(architecture: str, ass
     extra = ["--dtype", "float32", "--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK)]
     extra += ["--json-model-override-args", json.dumps({"mm_sparse": settings})]
     command, environment = server_command(str(model), config=None, extra=extra, cores=1)
-    with Server(command, environment, assets.folder / f"real-{architecture}.log") as server:
+    with Server(command, environment | FORKED, assets.folder / f"real-{architecture}.log") as server:
         server.flush_cache()  # SGLang's own warm-up request left a prefix: here every chunk is to be seen
         answer = ask(server.url, assets.prompts["mixed"], 4)
     assert len(answer.tokens) == 4

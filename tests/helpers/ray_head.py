@@ -82,20 +82,20 @@ class Talk:
 
         Only at this process's descendants: jobs of another Ray on this machine have the same numbers.
         """
+        names: dict[int, str] = {}
         for process in psutil.Process().children(recursive=True):
-            try:
+            with suppress(psutil.Error):
                 command = " ".join(process.cmdline())
                 name = next((name for text, name in drivers.items() if text in command), None)
-                name = name or process.environ().get("RAY_JOB_ID")
-                if not name:
-                    continue
-                for connection in process.net_connections("tcp"):
-                    if connection.status == psutil.CONN_LISTEN:
-                        self.listens.setdefault(connection.laddr.port, set()).add(name)
-                    elif connection.raddr:
-                        self.speaks.setdefault(connection.raddr.port, set()).add(name)
-            except psutil.Error:
+                if name := name or process.environ().get("RAY_JOB_ID"):
+                    names[process.pid] = name
+        for connection in psutil.net_connections("tcp"):  # all at once: process by process is a second of a core
+            if connection.pid not in names:
                 continue
+            if connection.status == psutil.CONN_LISTEN:
+                self.listens.setdefault(connection.laddr.port, set()).add(names[connection.pid])
+            elif connection.raddr:
+                self.speaks.setdefault(connection.raddr.port, set()).add(names[connection.pid])
 
     def pairs(self) -> set[tuple[str, str]]:
         """(who listens, who is connected to it)."""
@@ -103,3 +103,16 @@ class Talk:
             (owner, other) for port, owners in self.listens.items() for owner in owners
             for other in self.speaks.get(port, set())
         }  # fmt: skip
+
+    def require_apart(self, first: str, second: str) -> None:
+        """Each driver was connected with the workers of one Ray job, its own, and these with nobody else."""
+        pairs = self.pairs()
+        workers = {
+            driver: {other for owner, other in pairs if owner == driver and other.isalnum()}
+            for driver in (first, second)
+        }
+        (mine,), (others,) = workers[first], workers[second]
+        assert mine != others
+        for number, driver in ((mine, first), (others, second)):
+            assert (number, number) in pairs  # its engine's ports and its process group's store
+            assert {other for owner, other in pairs if owner in (number, driver)} <= {number, driver}

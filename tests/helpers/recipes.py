@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from mm_sglang.kernels.layout import IMAGE, VIDEO, consume_grids
+from mm_sglang.kernels.plan import HeadGroup, Plan
 
 # Text, an image, a video of one span, text, a Qwen3-VL video (a span a frame, timestamps between), text.
 ITEMS = (
@@ -74,3 +77,13 @@ COVERING: dict[str, Any] = {
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
+
+
+def listed_once(plan: Plan) -> Plan:
+    """A plan to look into head by head: its tile lists, seconds of Triton's interpreter, are the same each time."""
+
+    def remembered(group: HeadGroup) -> HeadGroup:
+        lists = cache(lambda first, last: group.tile_lists(group, first, last))
+        return replace(group, tile_lists=lambda _, first, last: lists(first, last))
+
+    return replace(plan, groups=tuple(remembered(group) for group in plan.groups))

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
 
-from recipes import ITEMS, PATTERNS, RECIPES, relative_error
+from recipes import ITEMS, PATTERNS, RECIPES, listed_once, relative_error
 
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import attended, tile_map
@@ -78,7 +78,7 @@ def test_residual_is_one_softmax_with_the_means(kind: str, name: str, prefix: in
         patterns=[head_pattern(RECIPES[name] | {"residual": True})] * 3 + [head_pattern({"pattern": "dense"})],
         scale=scale, engine=engine(kind),
     )  # fmt: skip
-    changed = 0
+    plan, changed = listed_once(plan), 0
     for head in range(4):
         own, keys, values = (x[:, h].double() for x, h in ((q, head), (k, head // 2), (v, head // 2)))
         want, want_lse = softmax_with_means(own, keys, values, plan, head, scale)

@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
 
-from recipes import ITEMS, RECIPES, SHAPES, relative_error
+from recipes import ITEMS, RECIPES, SHAPES, listed_once, relative_error
 
 from mm_sglang.kernels.attend.splits import parts_for
 from mm_sglang.kernels.engines import engine
@@ -52,6 +52,7 @@ def test_plans_are_the_references(name: str, prefix: int, queries: int) -> None:
     for ops in (reference_ops, triton_ops):
         layout = TokenLayout(items=ITEMS, length=prefix + queries, device=DEVICE)
         plans.append(make_plan(q, k, layout=layout, patterns=patterns, scale=SCALE, ops=ops()))
+    plans = [listed_once(plan) for plan in plans]
     check(plans[1])
     for want, got in zip(plans[0].groups, plans[1].groups, strict=True):
         assert torch.equal(want.k_positions(), got.k_positions()) and torch.equal(want.limits, got.limits)
@@ -75,7 +76,7 @@ def run(
         q, k_pool, v_pool, layout=layout, patterns=patterns, scale=SCALE, engine=engine(name), slots=slots,
         tail=TAIL,
     )  # fmt: skip
-    share = q.shape[1] // k.shape[1]
+    plan, share = listed_once(plan), q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
         mask = attended(plan, head).to(DEVICE)
         own, keys, values = (x[:, h].float() for x, h in ((q, head), (k, head // share), (v, head // share)))
