@@ -2,7 +2,8 @@
 
 A choice costs time once a layer: at a request's first sparse chunk, and again when its keys have grown fourfold. It
 plans eight candidates up to three times, mostly once past a request's first layer, attends 8 tiles of queries for
-each, and waits for the device up to four times; at any other chunk the choice is scaled to the chunk's size and nothing waits.
+each, and waits for the device up to four times; at any other chunk the choice is scaled to the chunk's size and nothing
+waits.
 """
 
 from __future__ import annotations
