@@ -33,6 +33,7 @@ from mm_sglang.serve import OVERRIDES, server_command
 
 SIDE = 448  # pixels: 256 tokens a pair of frames, that is a second
 A_SECOND = 256
+ROOM = 65536  # tokens of a server beside the long video
 QUESTION = "What happens in this video?"
 STOCK = ("--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer")
 CONTESTANTS = ("mm_sparse", "stock")
@@ -52,7 +53,7 @@ def command(who: str, model: Path, tokens: int) -> tuple[list[str], dict[str, st
     own = {key: value for key, value in settings("defaults").items() if key != "assume_video"}
     extra = [
         "--load-format", "dummy", "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "4", "--max-total-tokens",
-        str(tokens + 65536), OVERRIDES, json.dumps({"mm_sparse": own}),
+        str(tokens + ROOM), OVERRIDES, json.dumps({"mm_sparse": own}),
     ]  # fmt: skip
     argv, environment = server_command(
         str(model), config=None, extra=extra, cores=os.cpu_count(), max_video_tokens=tokens
@@ -123,7 +124,7 @@ def main() -> int:
     logs = options.logs or Path(tempfile.mkdtemp())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = make_model(folder / "model", layers=options.layers, positions=options.tokens + 65536)
+        model = make_model(folder / "model", layers=options.layers, positions=options.tokens + ROOM)
         videos = options.videos or folder
         if options.videos is None:
             make_videos(folder, options.tokens)

@@ -94,14 +94,13 @@ class AutoHeads:
             self._tell(layer, [found[p][head] for head, p in enumerate(patterns) if isinstance(p, Auto)])
         held.end = keys
         now = (prefix, keys)
-
-        def of_head(head: int, auto: Auto) -> HeadPattern:
-            chosen = for_chunk(held.chosen[auto][head], held.at, now)
-            if (change := auto.share(*now) / auto.share(*held.at)) != 1:
-                chosen = chosen.scaled(change)
-            return replace(chosen, residual=auto.residual)
-
-        return tuple(of_head(head, p) if isinstance(p, Auto) else p for head, p in enumerate(patterns))
+        today = {
+            (auto, recipe): replace(
+                for_chunk(recipe, held.at, now).scaled(auto.share(*now) / auto.share(*held.at)), residual=auto.residual
+            )
+            for auto in autos for recipe in set(held.chosen[auto])
+        }  # fmt: skip
+        return tuple(today[p, held.chosen[p][head]] if isinstance(p, Auto) else p for head, p in enumerate(patterns))
 
     def _tell(self, layer: int, chosen: Sequence[HeadPattern]) -> None:
         names = Counter(f"{p.boundary} boundary" if isinstance(p, Boundary) else p.kind for p in chosen)

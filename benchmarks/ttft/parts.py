@@ -105,8 +105,8 @@ def specs(parts: list[str], longest: int, folder: Path, rivals: list[str]) -> li
         out.append(spec("question", who, whole, folder))
         out[-1] |= {"questions": {"tokens": whole, "more": QUESTION}, "lengths": []}
         out[-1]["arguments"]["disable_radix_cache"] = False
-    for who in rivals if "defaults" in parts else ():
-        name = "stock" if who == "stock" else "mm_sparse:defaults"
+    ours_or_stock = dict.fromkeys("stock" if who == "stock" else "mm_sparse:defaults" for who in rivals)
+    for name in ours_or_stock if "defaults" in parts else ():
         out.append(spec("defaults", name, upto(64 * K, *LENGTHS[2:]), folder))
     if "probe" in parts:
         out.append(spec("probe", "mm_sparse:probe", upto(128 * K, 512 * K, 1024 * K), folder))

@@ -45,7 +45,7 @@ def test_a_job_from_answers_to_the_last_process(assets: Assets, tmp_path: Path) 
     ]  # fmt: skip
     mark = new_mark()
     environment = os.environ | {MARK: mark}
-    log, end = tmp_path / "stderr", time.monotonic() + 300
+    log, end = tmp_path / "stderr", time.monotonic() + 150
     with log.open("w") as stderr:
         first = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env=environment)
     try:
@@ -88,7 +88,7 @@ def test_settings_that_only_a_rank_can_refuse(assets: Assets, tmp_path: Path) ->
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=240, env=os.environ | {MARK: mark},
     )  # fmt: skip
-    said = [line for line in job.stderr.splitlines() if "waits for a place" not in line]  # Ray may be slow to give one
+    said = job.stderr.splitlines()
     assert job.returncode == 2 and len(said) == 2, job.stderr  # how many inputs there are, and why not
     assert "replica 0 does not start: mm_sparse does not serve a KV cache of torch.float8_e4m3fn" in said[1]
     assert left_behind(mark) == []

@@ -345,7 +345,7 @@ def test_append_blocks_never_writes_past_the_lists(device: str) -> None:
 @DEVICES
 def test_append_blocks_in_slices(device: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks_gpu, "SCRATCH", scratch)
-    for group, s in (natural(400, 700, GQA["7:1"]), gathered(400, 700, GQA["7:1"], some=True)):
+    for group, s in (natural(400, 1500, GQA["7:1"]), gathered(400, 1500, GQA["7:1"], some=True)):
         compare(group, s, device, torch.float32, 1, group.query_tiles, group.width)
 
 
