@@ -7,7 +7,8 @@ Why: SGLang's SchedulerActor never calls load_plugins, so the backend `mm_sparse
     H100s the second rank ended with "invalid device ordinal".
 How: REPLACE `sglang.srt.ray.engine._create_scheduler_actor` by one that makes an actor of mm_sglang/jobs/rank.py, which
     holds SGLang's. Installed in a replica's leader only, never by the plugin. `see_all_gpus` shows an actor all of the
-    host's GPUs, as SGLang's ranks see them without Ray.
+    host's GPUs, as SGLang's ranks see them without Ray. SGLang's arguments travel as bytes: to unpickle them imports
+    SGLang, which makes CUDA read which GPUs it may see, and Ray would do so before the actor's own first line.
 Upstream: sglang/srt/ray/engine.py, sglang/srt/ray/scheduler_actor.py; sgl-project/sglang#26723 would load the plugins.
 Versions: 0.5.23. Remove when the actor class can be chosen.
 """
@@ -15,6 +16,7 @@ Versions: 0.5.23. Remove when the actor class can be chosen.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from mm_sglang.jobs.gang import Gang
@@ -34,11 +36,17 @@ def install(gang: Gang, environment: dict[str, str]) -> None:
             scheduling_strategy=PlacementGroupSchedulingStrategy(pg, placement_group_bundle_index=bundle_idx),
             runtime_env={"env_vars": environment},
         )
-        return actor.remote(gang, arguments["tp_rank"], arguments)
+        return actor.remote(gang, arguments["tp_rank"], ray.cloudpickle.dumps(arguments))
 
     engine._create_scheduler_actor = create
 
 
 def see_all_gpus() -> None:
-    """Undo Ray's narrowing to one GPU, before anything initialises CUDA; which one this process has stays known."""
+    """Undo Ray's narrowing to one GPU; which one this process has stays known.
+
+    Raises:
+        RuntimeError: torch is imported already, so that CUDA may have read CUDA_VISIBLE_DEVICES.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("see_all_gpus comes too late: torch is imported, and CUDA may know its one GPU already")
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)

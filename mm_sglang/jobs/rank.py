@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from typing import Any
 
@@ -15,9 +16,9 @@ TELL_S = 1.0
 
 
 class Rank:
-    """Made a Ray actor by compat/ray_ranks.py; `arguments` are those of SGLang's own SchedulerActor."""
+    """Made a Ray actor by compat/ray_ranks.py; `arguments` are those of SGLang's own SchedulerActor, pickled."""
 
-    def __init__(self, gang: Gang, number: int, arguments: dict[str, Any]) -> None:
+    def __init__(self, gang: Gang, number: int, arguments: bytes) -> None:
         self.scheduler: Any = None
         name = f"{gang.name}.rank{number}"
         self.peer = Peer(gang.hub, gang.token, name)
@@ -34,13 +35,13 @@ class Rank:
         if number == 0:
             self._report()
 
-    def _load(self, arguments: dict[str, Any]) -> Any:
+    def _load(self, arguments: bytes) -> Any:
         see_all_gpus()
         from sglang.srt.plugins import load_plugins
         from sglang.srt.ray.scheduler_actor import SchedulerActor
 
         load_plugins()
-        return SchedulerActor.__ray_metadata__.modified_class(**arguments)
+        return SchedulerActor.__ray_metadata__.modified_class(**pickle.loads(arguments))
 
     def used_tokens(self) -> int | None:
         """Tokens of the KV pool that a request holds; the radix cache's own don't count."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
+import pytest
 import ray
 
 from mm_sglang.compat.ray_ranks import see_all_gpus
@@ -28,3 +30,9 @@ def test_every_rank_sees_all_gpus_and_has_one_of_its_own() -> None:
     finally:
         ray.shutdown()
     assert seen == [("0", None, ["0"]), ("1", None, ["1"])]
+
+
+def test_it_is_too_late_once_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", object())
+    with pytest.raises(RuntimeError, match="torch is imported"):
+        see_all_gpus()
