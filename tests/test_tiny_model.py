@@ -305,7 +305,7 @@ def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path)
         return {"visual" in name for name, w in trainer.model.named_parameters() if not torch.equal(w, before[name])}
 
     first = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-    assert trainer.run(0.4)  # to the end of the last stage
+    assert trainer.run(3.0)  # to the end of the last stage, which comes after seconds on a quiet machine
     assert trainer.progress.stage == "short" and changed(trainer, first) == {True, False}
     longer = stages | {"short": replace(stages["short"], minutes=1.0)}
     again = Trainer(tmp_path, replace(config, stages=longer), "cpu")
@@ -315,33 +315,57 @@ def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path)
     assert {row.get("stage") for row in rows} >= {"look", "words", "short"}
 
 
-@pytest.mark.parametrize("task", ["mm_niah", "codes"])
+@pytest.mark.parametrize("task", ["mm_niah", "codes", "order", "caption"])
 def test_answers_are_wanted_where_they_stand_and_at_the_words_they_are_asked_by(task: str) -> None:
     config = replace(CONFIGS["smoke"], turns=24)
     stage = replace(config.stages["short"], lengths={1024: 1.0}, micro_tokens=2048, micros=1, tasks={task: 1.0})
     (batch,) = Rounds(config, stage)[3]
     spelt = words.tokenizer().convert_ids_to_tokens
-    hints = 0
-    for ids, where, goals, first in zip(
-        *(batch.tensors[name] for name in ("input_ids", "where", "goals", "first")), strict=True
+    hints = {False: 0, True: 0}
+    for ids, *lists in zip(
+        *(batch.tensors[name] for name in ("input_ids", "where", "goals", "first", "early", "second")), strict=True
     ):
-        tokens = [token.removeprefix("Ġ") for token in spelt(ids.tolist())]
+        raw = spelt(ids.tolist())  # with the space before words of a question, which an answer lacks
+        tokens = [token.removeprefix("Ġ") for token in raw]
         text = " ".join(token for token in tokens if "pad" not in token)
-        for at, goal, begins in zip(where.tolist(), spelt(goals.clamp(min=0).tolist()), first.tolist(), strict=True):
-            if goal == "<|endoftext|>":  # nothing wanted
+        for at, number, begins, early, second in zip(*(values.tolist() for values in lists), strict=True):
+            if number < 0:  # nothing wanted
                 continue
-            word = goal.removeprefix("Ġ")
+            word = spelt(number).removeprefix("Ġ")
             if tokens[at] in words.CODES and tokens[at + 1] == ".":
-                assert f"The code of {word} is {tokens[at]} ." in text
-            elif tokens[at] in words.ASKED_BY:
-                assert f"{tokens[at]} ? <|im_end|>" in text or f"{tokens[at]} border show ?" in text
-                answer = tokens[tokens.index("assistant", at) + 2]
+                assert f"The code of {word} is {tokens[at]} ." in text and early and second
+            elif tokens[at] == "<|video_pad|>":
+                assert early and second and word in words.COLOURS
+            elif raw[at][0] == "Ġ" and tokens[at] in words.ASKED_BY:
+                ends = (f"{tokens[at]} {rest}" for rest in ("? <|im_end|>", "border show ?", "frame ?", "one ?"))
+                assert any(end in text for end in ends) and not early
+                answer = tokens[tokens.index("assistant", at) + 2 + second]
                 assert word == answer
-                hints += 1
+                hints[second] += 1
             else:
-                assert tokens[at + 1] == word
+                assert tokens[at + 1] == word and not early and not second
                 assert begins == (tokens[at - 1] == "assistant")
-    assert hints == batch.turns
+    assert hints == {False: batch.turns, True: batch.turns}
+
+
+@pytest.mark.parametrize("task", ["order", "v_niah"])
+def test_frames_with_a_border_know_which_came_before(task: str) -> None:
+    config = replace(CONFIGS["smoke"], turns=24)
+    stage = replace(config.stages["short"], lengths={1024: 1.0}, micro_tokens=2048, micros=1, tasks={task: 1.0})
+    (batch,) = Rounds(config, stage)[3]
+    spelt = words.tokenizer().convert_ids_to_tokens
+    for row, clip in enumerate(batch.clips[0]):
+        start = int((batch.tensors["mm_token_type_ids"][row] > 0).int().argmax())
+        size = clip.tokens // (clip.frames // 2)
+        told: dict[int, set[str]] = {}
+        for at, goal, mine in zip(*(batch.tensors[name][row].tolist() for name in ("where", "goals", "second")),
+                                  strict=True):  # fmt: skip
+            if mine and batch.tensors["mm_token_type_ids"][row, at] > 0:
+                told.setdefault((at - start) // size, set()).add(spelt(goal).removeprefix("Ġ"))
+        shown = sorted({(stamp[0] // 2, look.COLOUR_OF[(stamp[6], stamp[7], stamp[8])]) for stamp in clip.stamps
+                        if stamp[1] == sprites.NUMBER["border"]})  # fmt: skip
+        before = {pair: {colour for _, colour in shown[:number]} for number, (pair, _) in enumerate(shown) if number}
+        assert told == before and len(before) >= 2
 
 
 def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:
@@ -352,18 +376,21 @@ def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:
         for question, answer in plan.turns:
             if task == "v_niah":
                 colour = next(n for n, c in enumerate(words.COLOURS) if c in question)
-                assert {s["glyph"] for s in seen if s["border"] == colour} == {words.GLYPHS.index(answer)}
+                assert {int(s["glyph"][0]) for s in seen if s["border"][0] == colour} == {words.GLYPHS.index(answer)}
             elif task == "tracking":
                 colour = next(n for n, c in enumerate(words.COLOURS) if c in question)
-                assert [s["cell"] for s in seen if s["ball"] == colour][-1] == words.PLACES.index(answer)
+                assert [s["cell"][0] for s in seen if s["ball"][0] == colour][-1] == words.PLACES.index(answer)
             elif task == "counting":
                 shape = next(n for n, c in enumerate(words.SHAPES) if c in question)
-                assert sum(s["shape"] == shape for s in seen) == int(answer)
+                assert sum((s["shape"] == shape).sum() for s in seen) == int(answer)  # a token for each frame
             else:
                 colour = next(n for n, c in enumerate(words.COLOURS) if f"{c} frame" in question)
                 corner = next(c for c in words.CORNERS if c in question)
-                (found,) = [s for s in seen if s["border"] == colour]
-                assert f"{found[corner + ' 0']}{found[corner + ' 1']}" == answer
+                (found,) = [s for s in seen if s["border"][0] == colour]
+                there = found["corner"] == words.CORNERS.index(corner)
+                said = zip(found["digit 0"][there].tolist(), found["digit 1"][there].tolist(), strict=True)
+                assert set(said) == {(int(answer[0]), int(answer[1]))}
+                assert bool(there.any()) and not there.all()
 
 
 def test_wrong_arguments_are_named() -> None:

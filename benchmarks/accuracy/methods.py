@@ -73,8 +73,10 @@ def rival(name: str, heads: int) -> Make:
 
     def make(layer: int, factor: float) -> Recipes:
         if isinstance(base, BlockTopK) and base.coverage is not None:
-            share = min(1.0, max(1e-6, 1.0 - math.exp(-factor)))
-            own: HeadPattern = BlockTopK(blocks=base.blocks, coverage=share, sink=base.sink, local=base.local)
+            share = max(1e-6, 1.0 - math.exp(-factor))
+            # all of the mass is all blocks, those too whose estimate has rounded to none
+            coverage = share if share < 1.0 else None
+            own: HeadPattern = BlockTopK(blocks=base.blocks, coverage=coverage, sink=base.sink, local=base.local)
         else:
             own = base.scaled(factor)
         return (own,) * heads

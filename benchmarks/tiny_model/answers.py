@@ -4,11 +4,15 @@ The frames of a round of steps are drawn and encoded together, task by task. The
 graph (plain calls on a CPU). Learning needs updates more than examples, and a step of 8K tokens takes the GPU some
 milliseconds where drawing and encoding its frames by itself keeps the CPU busy for ten times as long.
 
-Beside the answers two kinds of hints are wanted. The first token of an answer, at the word that its question asks by:
-one look at what is like that word gives it there, and handing it on to where the answer stands is then learnt at once.
-And whose code it is, at each code in the text, after the first layers, so that the others can look it up. From answers
-alone all these steps would have to come together, and answers stay at a guess among what the frames show
-(benchmarks/README.md, "Tries").
+Beside the answers three kinds of hints are wanted. The first two tokens of an answer, at the word that its question
+asks by: one look at what is like that word gives them there, and handing them on to where the answer stands is then
+learnt at once. Whose code it is, at each code in the text, after the first layers, so that the others can look it up.
+And which borders came before, at each frame with a border, after the first layers too: positions don't tell which of
+two frames came first (six pairs of frames share one at SGLang's rate, and far away all look alike), but what each could
+see does. From answers alone all these steps would have to come together, and answers stay at a guess among what the
+frames show. Whatever is wanted beside what a token is itself is said by words turned (words.turned): a code that must
+say its owner in the same place as its own name forgets the name, and nothing finds it any more (benchmarks/README.md,
+"Tries").
 
 Shapes: R prompts of a round, B of a step, N tokens of a prompt, A wanted tokens of a prompt at most.
 """
@@ -30,8 +34,10 @@ from benchmarks.tiny_model.batches import SEED_STRIDE, Batch, endless, plan_batc
 from benchmarks.tiny_model.config import Config, Stage
 from benchmarks.tiny_model.forward import shown
 from benchmarks.tiny_model.inputs import IGNORED, Text
+from benchmarks.tiny_model.look import COLOUR_OF
 from benchmarks.tiny_model.plans import least_tokens
-from benchmarks.tiny_model.words import ASKED_BY, CODES, NAMES, tokenizer
+from benchmarks.tiny_model.sprites import NUMBER
+from benchmarks.tiny_model.words import ASKED_BY, CODES, COLOURS, NAMES, tokenizer, turned
 
 if TYPE_CHECKING:
     from benchmarks.tiny_model.train import Trainer
@@ -39,8 +45,9 @@ if TYPE_CHECKING:
 FLUSH_ROUNDS = 16  # between two looks at the GPU's results
 SAVE_S = 60.0
 GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
-EARLY = 2  # layers after which a code knows its owner
-WANTED = 128  # tokens of a prompt at most: 24 turns of three, 24 words that they ask by, 32 codes
+EARLY = 2  # layers after which a code knows its owner, and a frame the borders before it
+BORDERS, BORDER = ("order", "v_niah"), NUMBER["border"]  # tasks of one video with such frames
+WANTED = 160  # tokens of a prompt at most: 24 turns of three, twice 24 at the words that they ask by, 32 codes
 
 
 class Rounds(torch.utils.data.Dataset[list[Batch]]):
@@ -69,7 +76,7 @@ class Rounds(torch.utils.data.Dataset[list[Batch]]):
             for at, task in enumerate(tasks) if task in drawn
         ]  # fmt: skip
         for batch in batches:
-            batch.tensors |= wanted(batch.tensors, self.words)
+            batch.tensors |= wanted(batch, self.words, choice)
         return batches
 
 
@@ -85,12 +92,13 @@ class Rows:
     goals: torch.Tensor  # int64 [R, A], IGNORED where there is none
     first: torch.Tensor  # bool [R, A] first token of an answer
     early: torch.Tensor  # bool [R, A] wanted after EARLY layers already
+    second: torch.Tensor  # bool [R, A] said by words turned (words.turned), beside another word in the same place
     task: torch.Tensor  # int64 [R] number of the task in the config
 
     def step(self, start: int, count: int) -> tuple[torch.Tensor, ...]:
         part = slice(start, start + count)
         return (self.ids[part], self.vision[part], self.shown[part], self.positions[:, part], self.where[part],
-                self.goals[part], self.first[part], self.early[part], self.task[part])  # fmt: skip
+                self.goals[part], self.first[part], self.early[part], self.second[part], self.task[part])  # fmt: skip
 
 
 @torch.no_grad()
@@ -107,13 +115,14 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
             torch.nn.functional.pad(tensors["mm_token_type_ids"], pad) > 0,
             torch.nn.functional.pad(shown(trainer.model, tensors), (0, 0, *pad)),
             torch.nn.functional.pad(tensors["position_ids"], pad).transpose(0, 1),
-            tensors["where"], tensors["goals"], tensors["first"], tensors["early"],
+            tensors["where"], tensors["goals"], tensors["first"], tensors["early"], tensors["second"],
             torch.full((many,), tasks.index(batch.task), device=device),
         ])  # fmt: skip
-    ids, vision, seen, positions, where, goals, first, early, task = (
+    ids, vision, seen, positions, where, goals, first, early, second, task = (
         torch.cat(column)[order] for column in zip(*parts, strict=True)
     )
-    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, early, task)
+    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, early, second,
+                task)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,34 +132,57 @@ class Words:
     asked_by: torch.Tensor
     names: torch.Tensor
     codes: torch.Tensor
+    colours: torch.Tensor
 
     @classmethod
     def of(cls, tokenizer: Any) -> Words:
-        groups = ([tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in group] for group in (ASKED_BY, NAMES, CODES))
-        return cls(*map(torch.tensor, groups))
+        groups = (ASKED_BY, NAMES, CODES, COLOURS)
+        return cls(*(torch.tensor(tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in group])) for group in groups))
 
 
-def wanted(batch: dict[str, torch.Tensor], words: Words) -> dict[str, torch.Tensor]:
-    """Answers and hints of a batch (batches.Batch.tensors): where, goals, first and early of Rows, [B, WANTED] each."""
-    ids = batch["input_ids"]
+def wanted(batch: Batch, words: Words, choice: random.Random) -> dict[str, torch.Tensor]:
+    """Answers and hints of a batch: where, goals, first, early and second of Rows, [B, WANTED] each."""
+    tensors = batch.tensors
+    ids, predicts, targets, turn = (tensors[name] for name in ("input_ids", "predicts", "targets", "turn"))
     rows, own = ids.shape
     flat = ids.flatten()
-    number = torch.arange(len(flat), device=ids.device)
-    begins = torch.cat([batch["turn"].new_ones(1), batch["turn"].diff()]) > 0
-    keys = torch.where(torch.isin(flat, words.asked_by), number, 0).cummax(0).values[batch["predicts"][begins]]
+    number = torch.arange(len(flat))
+    begins = torch.cat([turn.new_ones(1), turn.diff()]) > 0
+    keys = torch.where(torch.isin(flat, words.asked_by), number, 0).cummax(0).values[predicts[begins]]
     told = (torch.isin(flat, words.codes) & torch.isin(flat.roll(2), words.names)).nonzero()[:, 0]
-    at = torch.cat([batch["predicts"], keys, told])
-    goal = torch.cat([batch["targets"], batch["targets"][begins], flat[told - 2]])
-    first = torch.cat([begins, begins.new_zeros(len(keys) + len(told))])
-    early = torch.cat([begins.new_zeros(len(begins) + len(keys)), begins.new_ones(len(told))])
+    frames, before = _borders(batch, words, choice)
+    at = torch.cat([predicts, keys, keys, told, frames])
+    # an answer has two tokens at least, the mark of its end counted in
+    goal = torch.cat([targets, targets[begins], targets[begins.roll(1)], flat[told - 2], before])
+    kinds = torch.repeat_interleave(
+        torch.arange(5), torch.tensor([len(predicts), len(keys), len(keys), len(told), len(frames)])
+    )
+    first = torch.nn.functional.pad(begins, (0, len(at) - len(begins)))
     row, order = (at // own).sort(stable=True)
-    column = torch.arange(len(row), device=ids.device) - torch.searchsorted(row, row)
-    where = torch.zeros(rows, WANTED, dtype=torch.int64, device=ids.device)
+    column = torch.arange(len(row)) - torch.searchsorted(row, row)
+    where = torch.zeros(rows, WANTED, dtype=torch.int64)
     goals = torch.full_like(where, IGNORED)
-    flags = torch.zeros(2, rows, WANTED, dtype=torch.bool, device=ids.device)
+    flags = torch.zeros(3, rows, WANTED, dtype=torch.bool)
     where[row, column], goals[row, column] = (at % own)[order], goal[order]
-    flags[0, row, column], flags[1, row, column] = first[order], early[order]
-    return {"where": where, "goals": goals, "first": flags[0], "early": flags[1]}
+    for flag, values in zip(flags, (first, kinds >= 3, kinds >= 2), strict=True):
+        flag[row, column] = values[order]
+    return {"where": where, "goals": goals, "first": flags[0], "early": flags[1], "second": flags[2]}
+
+
+def _borders(batch: Batch, words: Words, choice: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some token of each frame with a border, once for each such frame before it, and the earlier one's colour."""
+    at, goal = [], []
+    if batch.task in BORDERS:
+        starts = (batch.tensors["mm_token_type_ids"] > 0).int().argmax(1).tolist()
+        for row, (clip, start) in enumerate(zip(batch.clips[0], starts, strict=True)):
+            size = clip.height * clip.width // 784
+            shown = sorted((stamp[0] // 2, COLOUR_OF[(stamp[6], stamp[7], stamp[8])]) for stamp in clip.stamps
+                           if stamp[1] == BORDER and stamp[0] % 2 == 0)  # fmt: skip
+            for number, (pair, _) in enumerate(shown):
+                token = row * batch.tensors["input_ids"].shape[1] + start + pair * size + choice.randrange(size)
+                at += [token] * number
+                goal += [words.colours[COLOURS.index(colour)] for _, colour in shown[:number]]
+    return torch.tensor(at, dtype=torch.int64), torch.tensor(goal, dtype=torch.int64)
 
 
 class Update:
@@ -173,7 +205,7 @@ class Update:
 
     def run(
         self, ids: torch.Tensor, vision: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, where: torch.Tensor,
-        goals: torch.Tensor, first: torch.Tensor, early: torch.Tensor, task: torch.Tensor,
+        goals: torch.Tensor, first: torch.Tensor, early: torch.Tensor, second: torch.Tensor, task: torch.Tensor,
     ) -> None:  # fmt: skip
         words = self.model.get_input_embeddings().weight
         # as a product: an embedding's backward pass sorts, and may wait for the device, which a graph can't
@@ -186,7 +218,7 @@ class Update:
             early[..., None], language.norm(out.hidden_states[EARLY].gather(1, index)),
             out.last_hidden_state.gather(1, index),
         )  # fmt: skip
-        logits = self.model.lm_head(chosen).float()
+        logits = self.model.lm_head(torch.where(second[..., None], turned(chosen), chosen)).float()
         losses = cross_entropy(logits.flatten(0, 1), goals.flatten(), ignore_index=IGNORED, reduction="none")
         asked = (goals != IGNORED).float()
         (losses.sum() / asked.sum()).backward()  # type: ignore[no-untyped-call]

@@ -45,7 +45,7 @@ class Config:
     sizes: Sizes = field(default_factory=Sizes)
     tasks: dict[str, float] = field(
         default_factory=lambda: {
-            "v_niah": 1.5, "mm_niah": 3.0, "tracking": 0.7, "order": 0.2, "counting": 0.1, "caption": 0.1,
+            "v_niah": 1.2, "mm_niah": 2.5, "tracking": 1.2, "order": 1.2, "counting": 1.2, "caption": 2.0,
             "codes": 0.3,
         }
     )  # fmt: skip
@@ -61,11 +61,10 @@ class Config:
 
 
 SEEN = {"v_niah": 1.0, "tracking": 0.7, "order": 0.3, "counting": 0.2, "caption": 0.2}  # without images
+DETAILS = {"caption": 2.0, "counting": 0.7, "tracking": 1.0, "v_niah": 1.0}
 NEEDLES = {
-    "v_niah": 3.0, "mm_niah": 2.0, "tracking": 0.7, "order": 0.2, "counting": 0.1, "caption": 0.1, "codes": 0.3,
+    "v_niah": 2.0, "mm_niah": 4.0, "tracking": 1.2, "order": 1.2, "counting": 1.2, "caption": 1.5, "codes": 0.3,
 }  # fmt: skip
-LONG = {1024: 0.2, 4096: 0.25, 8192: 0.2, 16384: 0.15, 32768: 0.08, 65536: 0.08, 131072: 0.04}
-FAR = {1024: 0.1, 4096: 0.15, 8192: 0.1, 16384: 0.15, 65536: 0.2, 131072: 0.3}
 
 CONFIGS = {
     "h200": Config(
@@ -75,30 +74,36 @@ CONFIGS = {
                 minutes=3.5, lr=1e-3, lr_end=1e-4, warmup_steps=50, lengths={1024: 1.0}, micro_tokens=12288, micros=4,
                 tasks=SEEN,
             ),
-            # Looking codes up takes a step more than looking frames up, and hardly comes once those are learnt.
-            "words": Stage(
-                minutes=0.6, lr=8e-4, lr_end=8e-4, lengths={128: 0.2, 256: 0.4, 512: 0.4}, tasks={"codes": 1.0}
-            ),
-            "short": Stage(
-                minutes=1.3, lr=8e-4, lr_end=6e-4,
-                lengths={64: 0.1, 128: 0.15, 256: 0.2, 512: 0.25, 1024: 0.2, 2048: 0.1},
-            ),
-            "medium": Stage(
-                minutes=2.2, lr=6e-4, lr_end=4e-4,
-                lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
-            ),
-            "long": Stage(
-                minutes=4.0, lr=6e-4, lr_end=1e-5,
-                lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
-            ),
-            "longer": Stage(minutes=4.0, lr=1e-3, lr_end=1e-5, lengths=LONG, tasks=NEEDLES),
             # Big frames are in long contexts only: a glyph over 6 x 6 tokens of 12 x 12 was misread once in eight.
             "look closer": Stage(
                 minutes=2.1, lr=1e-3, lr_end=2e-5, warmup_steps=50, lengths={1024: 0.4, 4096: 0.6}, micro_tokens=12288,
                 micros=4, tasks=SEEN,
             ),
-            "last": Stage(minutes=1.5, lr=3e-4, lr_end=1e-5, lengths=LONG, tasks=NEEDLES),
-            "far": Stage(minutes=5.5, lr=4e-4, lr_end=1e-5, lengths=FAR, tasks=NEEDLES | {"mm_niah": 4.0}),
+            "look at details": Stage(
+                minutes=5.5, lr=1e-3, lr_end=3e-5, warmup_steps=50, lengths={1024: 0.5, 4096: 0.5}, micro_tokens=12288,
+                micros=4, tasks=DETAILS,
+            ),
+            # Looking codes up takes a step more than looking frames up, and hardly comes once those are learnt.
+            "words": Stage(
+                minutes=0.4, lr=8e-4, lr_end=8e-4, lengths={128: 0.2, 256: 0.4, 512: 0.4}, tasks={"codes": 1.0}
+            ),
+            # All tasks from the beginning: layers that had learnt needles took up nothing more.
+            "short": Stage(
+                minutes=2.2, lr=8e-4, lr_end=6e-4,
+                lengths={64: 0.05, 128: 0.1, 256: 0.25, 512: 0.3, 1024: 0.2, 2048: 0.1},
+            ),
+            "medium": Stage(
+                minutes=3.0, lr=6e-4, lr_end=6e-4,
+                lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
+            ),
+            "long": Stage(
+                minutes=4.8, lr=6e-4, lr_end=4e-4,
+                lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
+            ),
+            "far": Stage(
+                minutes=4.5, lr=4e-4, lr_end=1e-5, tasks=NEEDLES,
+                lengths={1024: 0.1, 4096: 0.15, 8192: 0.1, 16384: 0.15, 65536: 0.2, 131072: 0.3},
+            ),
         }
     ),
     "smoke": Config(

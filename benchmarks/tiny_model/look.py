@@ -1,10 +1,10 @@
 """The first stage of training: the vision tower learns to tell what a frame shows.
 
-Heads on each token of a frame name its border, glyph, shape, ball, cell and captions; they are thrown away afterwards.
-Most of them are the words' own embeddings: the tokens come to say in the language model's terms what a frame shows, so
-that a question's word and the frame that it asks for are alike before the language model has learnt anything. Learnt
-from answers alone this takes many times longer: before the tower sees anything there is nothing to look up, and before
-anything is looked up there is nothing to see for.
+Heads on each token of a frame name its border, glyph, ball and cell, and of shapes and captions what lies within the
+token; they are thrown away afterwards. They are the words' own embeddings: the tokens come to say in the language
+model's terms what a frame shows, so that a question's word and the frame that it asks for are alike before the language
+model has learnt anything. Learnt from answers alone this takes many times longer: before the tower sees anything there
+is nothing to look up, and before anything is looked up there is nothing to see for.
 """
 
 from __future__ import annotations
@@ -22,45 +22,54 @@ from benchmarks.tiny_model import checkpoint, sprites
 from benchmarks.tiny_model.batches import Batch, loader
 from benchmarks.tiny_model.forward import vision_features
 from benchmarks.tiny_model.scenes import Clip, render
-from benchmarks.tiny_model.words import COLOURS, GLYPHS, PLACES, SHAPES
+from benchmarks.tiny_model.words import COLOURS, CORNERS, GLYPHS, PLACES, SHAPES, turned
 
 if TYPE_CHECKING:
     from benchmarks.tiny_model.train import Trainer
 
 # Classes of each field; the last one is "none".
-FIELDS = {"border": len(COLOURS), "glyph": len(GLYPHS), "shape": len(SHAPES), "ball": len(COLOURS), "cell": 9} | {
-    f"{corner} {digit}": 10 for corner in ("top left", "top right", "bottom left", "bottom right") for digit in (0, 1)
-}
+FIELDS = {"border": len(COLOURS), "glyph": len(GLYPHS), "ball": len(COLOURS), "cell": 9}  # of a frame: all its tokens
+# Of a token: the shape whose middle it holds, so that a frame counts once however big it is; and the corner and the two
+# digits of the number that reaches into it. All four numbers said by every token of a frame were never learnt.
+LOCAL = {"shape": len(SHAPES), "corner": len(CORNERS), "digit 0": 10, "digit 1": 10}
+TURNED = ("digit 1",)  # said by the words turned (words.turned): a token says both digits at once
+TOKEN = 28  # pixels of a side
 NAMES = {number: name for name, number in sprites.NUMBER.items()}
 COLOUR_OF = {value: name for name, value in sprites.COLOUR_VALUES.items()}
 SHARPNESS = 12.0  # logit of a word that a token says as loudly as the word's own embedding does
+LOCAL_WEIGHT = 10.0  # of a token that shows something local, over one that does not
 PLAIN = 0.1  # unmarked pairs of frames to each marked one
 
 
-def labels(clip: Clip) -> dict[str, int]:
-    """What a clip of one pair of frames shows, read off its stamps."""
-    found = dict(FIELDS)  # none
+def labels(clip: Clip) -> dict[str, torch.Tensor]:
+    """What a clip of one pair of frames shows, read off its stamps: int64 [tokens] for each field, row by row."""
+    rows, columns = clip.height // TOKEN, clip.width // TOKEN
+    found = {name: torch.full((rows, columns), none) for name, none in (FIELDS | LOCAL).items()}
     stamps = [stamp for stamp in clip.stamps if stamp[0] == 0]
-    digits = sorted(stamp for stamp in stamps if NAMES[stamp[1]] in GLYPHS)
-    caption = len(digits) > 1
+    digits = [stamp for stamp in stamps if NAMES[stamp[1]] in GLYPHS]
     for _, sprite, x, y, w, h, *rgb in stamps:
         name, colour = NAMES[sprite], COLOUR_OF.get((rgb[0], rgb[1], rgb[2]))
         if name in ("border", "ball") and colour is not None:
-            found[name] = COLOURS.index(colour)
+            found[name][:] = COLOURS.index(colour)
         if name == "ball":
             across, down = (min(2, 3 * (2 * at + s) // (2 * side)) for at, s, side in
                             ((x, w, clip.width), (y, h, clip.height)))  # fmt: skip
-            found["cell"] = 3 * down + across
+            found["cell"][:] = 3 * down + across
         if name in SHAPES:
-            found["shape"] = SHAPES.index(name)
-        if name in GLYPHS and not caption:
-            found["glyph"] = GLYPHS.index(name)
-    if caption:
-        for _, sprite, x, y, *_ in digits:
-            corner = f"{'top' if y < clip.height // 2 else 'bottom'} {'left' if x < clip.width // 2 else 'right'}"
-            left = min(s[2] for s in digits if (s[2] < clip.width // 2) == (x < clip.width // 2))
-            found[f"{corner} {int(x > left)}"] = int(NAMES[sprite])
-    return found
+            row, column = min((y + h // 2) // TOKEN, rows - 1), min((x + w // 2) // TOKEN, columns - 1)
+            found["shape"][row, column] = SHAPES.index(name)
+        if name in GLYPHS and len(digits) == 1:
+            found["glyph"][:] = GLYPHS.index(name)
+    if len(digits) > 1:
+        for number, corner in enumerate(CORNERS):
+            mine = sorted((x, y, w, h, int(NAMES[sprite])) for _, sprite, x, y, w, h, *_ in digits
+                          if (y < clip.height // 2) == (corner.startswith("top"))
+                          and (x < clip.width // 2) == (corner.endswith("left")))  # fmt: skip
+            (left, top, w, h, first), (right, *_, second) = mine
+            box = slice(top // TOKEN, (top + h - 1) // TOKEN + 1), slice(left // TOKEN, (right + w - 1) // TOKEN + 1)
+            for name, value in (("corner", number), ("digit 0", first), ("digit 1", second)):
+                found[name][box] = value
+    return {name: value.flatten() for name, value in found.items()}
 
 
 def marked_pairs(batch: Batch, choice: random.Random) -> list[Clip]:
@@ -86,10 +95,13 @@ class Heads(torch.nn.Module):
 
     def __init__(self, embeddings: torch.Tensor, number: Callable[[str], int]) -> None:
         super().__init__()
+        digits = [[str(digit)] for digit in range(10)]
         spoken = {
             "border": [[f"Ġ{word}"] for word in COLOURS], "ball": [[f"Ġ{word}"] for word in COLOURS],
             "shape": [[f"Ġ{word}"] for word in SHAPES], "glyph": [[glyph] for glyph in GLYPHS],
             "cell": [[first, *(f"Ġ{word}" for word in rest)] for first, *rest in (place.split() for place in PLACES)],
+            "corner": [[f"Ġ{word}" for word in corner.split()] for corner in CORNERS],
+            "digit 0": digits, "digit 1": digits,
         }  # fmt: skip
         words = embeddings.detach().float()
         scale = SHARPNESS / words.square().sum(1).median()
@@ -97,18 +109,12 @@ class Heads(torch.nn.Module):
             name: torch.stack([words[[number(word) for word in answer]].sum(0) / len(answer) ** 0.5 for answer in said])
             * scale for name, said in spoken.items()
         }  # fmt: skip
-        hidden = words.shape[1]
-        self.learnt = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(hidden, 1 if name in spoken else count + 1) for name, count in FIELDS.items()}
-        )
+        self.words |= {name: turned(self.words[name]) for name in TURNED}
+        self.none = torch.nn.ModuleDict({name: torch.nn.Linear(words.shape[1], 1) for name in spoken})
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         tokens = tokens.float()
-        learnt = {name: head(tokens) for name, head in self.learnt.items()}
-        return {
-            name: torch.cat([tokens @ self.words[name].t(), out], -1) if name in self.words else out
-            for name, out in learnt.items()
-        }
+        return {name: torch.cat([tokens @ self.words[name].t(), none(tokens)], -1) for name, none in self.none.items()}
 
 
 def train(trainer: Trainer, stage_name: str, end: float) -> None:
@@ -135,9 +141,12 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
             rows = [labels(clip) for clip in clips]
             loss = torch.zeros((), device=tokens.device)
             for name, logits in heads(tokens).items():
-                goal = torch.tensor([row[name] for row in rows]).to(tokens.device, non_blocking=True)
-                loss = loss + cross_entropy(logits.flatten(0, 1), goal.repeat_interleave(tokens.shape[1]))
-                rights.append((logits.argmax(-1) == goal[:, None]).float().mean())
+                goal = torch.stack([row[name] for row in rows]).to(tokens.device, non_blocking=True)
+                some = (goal < logits.shape[-1] - 1).float()  # few tokens show anything local
+                weight = 1 + LOCAL_WEIGHT * some if name in LOCAL else torch.ones_like(some)
+                losses_of = cross_entropy(logits.flatten(0, 1), goal.flatten(), reduction="none").view_as(weight)
+                loss = loss + (losses_of * weight).sum() / weight.sum()
+                rights.append((((logits.argmax(-1) == goal) * some).sum(), some.sum()))
             (loss / stage.micros).backward()  # type: ignore[no-untyped-call]
             trainer.master.add_gradients()
             losses.append(loss.detach())
@@ -151,7 +160,8 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
         progress.spend(now - last)
         last = now
         if progress.stage_step % 20 == 1 and losses:
-            loss_now, right = torch.stack(losses).mean().item(), torch.stack(rights).mean().item()
+            said, some = (torch.stack(column).sum().item() for column in zip(*rights, strict=True))
+            loss_now, right = torch.stack(losses).mean().item(), said / max(some, 1.0)
             bar.set_postfix_str(f"loss {loss_now:.3f} right {right:.3f}")
             bar.update(20)
             checkpoint.log(

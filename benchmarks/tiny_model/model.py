@@ -16,8 +16,10 @@ from mm_sglang.demo.tiny_model import SPECIAL, save_processor
 PARAMETERS = 12_400_000  # at most: bf16 then takes less than 24 MiB
 POSITIONS = 1 << 20
 ROPE_THETA, MROPE_SECTION = 1e6, (8, 12, 12)
-LIKENESS, CLOSENESS = 1.7, 1.5  # of a query and a key that match, by content or by distance
-LOOKS_BACK = (0, 1, 2, 3, 5, 9)  # tokens, of one head each
+LIKENESS, CLOSENESS = 1.7, 6.0  # of a query and a key that match, by content or by distance
+# Tokens, of one head each. Early layers within a sentence: from a code to its owner, from a question's last colour to
+# its first one or its corner. Later layers from where an answer stands to the word that its question asks by.
+LOOKS_BACK = ((1, 2, 3, 4), (6, 7, 8, 1))
 
 
 def new_model(sizes: Sizes, seed: int) -> Any:
@@ -90,7 +92,8 @@ def _looks_for_the_like(attention: Any, sizes: Sizes, layer: int, source: torch.
     turning = torch.arange(sum(MROPE_SECTION[:2]))
     still = torch.tensor([at for at in range(width) if at % (width // 2) >= len(turning)])
     frequency = ROPE_THETA ** (-2 * turning / width)
-    backs = itertools.cycle(LOOKS_BACK[layer % 2 :])
+    later = 2 * layer >= sizes.layers
+    backs = itertools.islice(itertools.cycle(LOOKS_BACK[later]), layer * sizes.heads // 2, None)
     for kv in range(sizes.kv_heads):
         same, kept = (
             torch.empty(rows, hidden).normal_(0.0, hidden**-0.5, generator=source) for rows in (len(still), width)
@@ -100,7 +103,7 @@ def _looks_for_the_like(attention: Any, sizes: Sizes, layer: int, source: torch.
         value.weight[kv * width : (kv + 1) * width] = kept
         for head in range(kv * group, (kv + 1) * group):
             content = head % 2 == 0
-            query.weight[head * width + still] = same * (LIKENESS if content else 0.3 * LIKENESS)
+            query.weight[head * width + still] = same * (LIKENESS if content else 0.0)
             out.weight[:, head * width : (head + 1) * width] = kept.t() * (0.7 if content else 0.35)
             if not content:
                 angle = frequency * next(backs)

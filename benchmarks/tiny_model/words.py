@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_sglang.demo.needles import COLOUR_VALUES, FONT
 from mm_sglang.demo.tiny_model import CHAT_TEMPLATE, SPECIAL
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -39,6 +42,11 @@ REST = _words(
     "What does the frame with border show Which number stands at of came first one or Where was ball last How many "
     "frames a Whose The code is system user assistant You are helpful"
 )
+
+
+def turned(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors [..., hidden] with their halves exchanged: a place of its own for a second word in the same token."""
+    return vectors.roll(vectors.shape[-1] // 2, -1)
 
 
 def filler(choice: random.Random) -> str:
