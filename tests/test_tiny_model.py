@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tiny_model import batches, checkpoint, evaluate, look, scenes, sprites, train, words
+from benchmarks.tiny_model import batches, checkpoint, evaluate, look, perfect, scenes, sprites, train, words
 from benchmarks.tiny_model.answers import Rounds, Update, encode
 from benchmarks.tiny_model.batches import Batch, collate, plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Sizes
 from benchmarks.tiny_model.evaluate import accuracy, load
 from benchmarks.tiny_model.forward import ATTENTION, answer_logits, exact, segment_attention, use_fast_attention
-from benchmarks.tiny_model.inputs import Encoder
+from benchmarks.tiny_model.inputs import Encoder, Text
 from benchmarks.tiny_model.model import export, new_model
 from benchmarks.tiny_model.plans import least_tokens
 from benchmarks.tiny_model.tasks import PLANNERS, TASKS, Sample, drawn, make_plan, make_sample
@@ -391,6 +391,26 @@ def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:
                 said = zip(found["digit 0"][there].tolist(), found["digit 1"][there].tolist(), strict=True)
                 assert set(said) == {(int(answer[0]), int(answer[1]))}
                 assert bool(there.any()) and not there.all()
+
+
+@pytest.mark.parametrize("task", ["mm_niah", "caption", "counting", "codes"])
+def test_a_perfect_tower_says_what_it_is_taught(task: str) -> None:
+    text = Text(words.tokenizer())
+    batch = plan_batch(text, task, 2048, 2, seed=3, split="train", turns=8)
+    embeddings = torch.randn(len(text.tokenizer), 256, generator=torch.Generator().manual_seed(0))
+    number = text.tokenizer.convert_tokens_to_ids
+    tokens, fields = perfect.said(batch, embeddings, number), look.spoken(embeddings, number)
+    vision = batch.tensors["mm_token_type_ids"] > 0
+    assert not tokens[~vision].any() and (not batch.clips or tokens[vision].any(-1).all())
+    for row, of_row in enumerate(zip(*batch.clips, strict=True)):
+        every = tokens[row, vision[row]].split([clip.tokens for clip in of_row])
+        for clip, own in zip(of_row, every, strict=True):
+            for pair, part in enumerate(own.unflatten(0, (clip.grid[0], -1))):
+                stamps = [(stamp[0] - 2 * pair, *stamp[1:]) for stamp in clip.stamps if stamp[0] // 2 == pair]
+                one = scenes.Clip(2, clip.height, clip.width, clip.seconds, clip.camera[:2], stamps)
+                for name, value in look.labels(one).items():
+                    shown = value < len(fields[name])
+                    assert torch.equal((part[shown] @ fields[name].T).argmax(1), value[shown]), (name, pair)
 
 
 def test_wrong_arguments_are_named() -> None:

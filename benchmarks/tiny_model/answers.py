@@ -35,6 +35,7 @@ from benchmarks.tiny_model.config import Config, Stage
 from benchmarks.tiny_model.forward import shown
 from benchmarks.tiny_model.inputs import IGNORED, Text
 from benchmarks.tiny_model.look import COLOUR_OF
+from benchmarks.tiny_model.perfect import said
 from benchmarks.tiny_model.plans import least_tokens
 from benchmarks.tiny_model.sprites import NUMBER
 from benchmarks.tiny_model.words import ASKED_BY, CODES, COLOURS, NAMES, tokenizer, turned
@@ -107,21 +108,30 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
     tasks, length, device = list(trainer.config.tasks), batches[0].length, trainer.encoder.device
     parts: list[list[torch.Tensor]] = []
     for batch in batches:
-        tensors = batch.to_model(trainer.encoder, photographs=trainer.config.photographs)
+        if trainer.config.perfect_tower:
+            words, number = (
+                trainer.model.get_input_embeddings().weight,
+                trainer.encoder.text.tokenizer.convert_tokens_to_ids,
+            )
+            tensors = {name: value.to(device) for name, value in batch.tensors.items()}
+            seen = said(batch, words, number)
+        else:
+            tensors = batch.to_model(trainer.encoder, photographs=trainer.config.photographs)
+            seen = shown(trainer.model, tensors)
         many, own = tensors["input_ids"].shape
         pad = (0, length - own)
         parts.append([
             torch.nn.functional.pad(tensors["input_ids"], pad),
             torch.nn.functional.pad(tensors["mm_token_type_ids"], pad) > 0,
-            torch.nn.functional.pad(shown(trainer.model, tensors), (0, 0, *pad)),
+            torch.nn.functional.pad(seen, (0, 0, *pad)),
             torch.nn.functional.pad(tensors["position_ids"], pad).transpose(0, 1),
             tensors["where"], tensors["goals"], tensors["first"], tensors["early"], tensors["second"],
             torch.full((many,), tasks.index(batch.task), device=device),
         ])  # fmt: skip
-    ids, vision, seen, positions, where, goals, first, early, second, task = (
+    ids, vision, shows, positions, where, goals, first, early, second, task = (
         torch.cat(column)[order] for column in zip(*parts, strict=True)
     )
-    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, early, second,
+    return Rows(ids, vision, shows, positions.transpose(0, 1).contiguous(), where, goals, first, early, second,
                 task)  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class Config:
     )  # fmt: skip
     turns: int = 24
     photographs: bool = True
+    perfect_tower: bool = False  # perfect.py in place of the vision tower, which then is never trained
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
@@ -105,6 +106,17 @@ CONFIGS = {
                 lengths={1024: 0.1, 4096: 0.15, 8192: 0.1, 16384: 0.15, 65536: 0.2, 131072: 0.3},
             ),
         }
+    ),
+    "perfect tower": Config(
+        stages={
+            "words": Stage(minutes=2.5, lr=8e-4, lr_end=8e-4, lengths={128: 0.7, 256: 0.3}, micro_tokens=768, micros=8,
+                           round_tokens=8192, warmup_steps=30, tasks={"codes": 1.0}),
+            "short": Stage(minutes=7, lr=8e-4, lr_end=4e-4, lengths={256: 0.5, 512: 0.5}, micro_tokens=1024, micros=8,
+                           round_tokens=8192, warmup_steps=30),
+        },
+        sizes=Sizes(heads=4, intermediate=256, vision_hidden=64, vision_heads=1, vision_depth=2,
+                    vision_intermediate=64, vision_full=(1,)),
+        turns=8, perfect_tower=True, workers=0, valid_lengths=(),
     ),
     "smoke": Config(
         stages={"short": Stage(minutes=5, lr=2e-3, lr_end=1e-3, lengths={64: 0.4, 80: 0.3, 112: 0.3},

@@ -85,32 +85,37 @@ def marked_pairs(batch: Batch, choice: random.Random) -> list[Clip]:
     return out
 
 
-class Heads(torch.nn.Module):
-    """Logits of every field from tokens [..., hidden].
+def spoken(embeddings: torch.Tensor, number: Callable[[str], int]) -> dict[str, torch.Tensor]:
+    """The words that say each value of a field, [values, hidden] a field, as loud as one word each.
 
     Args:
         embeddings: of the words, [vocabulary, hidden].
         number: a word's number in the vocabulary.
     """
+    digits = [[str(digit)] for digit in range(10)]
+    said = {
+        "border": [[f"Ġ{word}"] for word in COLOURS], "ball": [[f"Ġ{word}"] for word in COLOURS],
+        "shape": [[f"Ġ{word}"] for word in SHAPES], "glyph": [[glyph] for glyph in GLYPHS],
+        "cell": [[first, *(f"Ġ{word}" for word in rest)] for first, *rest in (place.split() for place in PLACES)],
+        "corner": [[f"Ġ{word}" for word in corner.split()] for corner in CORNERS],
+        "digit 0": digits, "digit 1": digits,
+    }  # fmt: skip
+    words = embeddings.detach().float()
+    found = {
+        name: torch.stack([words[[number(word) for word in value]].sum(0) / len(value) ** 0.5 for value in values])
+        for name, values in said.items()
+    }
+    return found | {name: turned(found[name]) for name in TURNED}
+
+
+class Heads(torch.nn.Module):
+    """Logits of every field from tokens [..., hidden]; arguments as of `spoken`."""
 
     def __init__(self, embeddings: torch.Tensor, number: Callable[[str], int]) -> None:
         super().__init__()
-        digits = [[str(digit)] for digit in range(10)]
-        spoken = {
-            "border": [[f"Ġ{word}"] for word in COLOURS], "ball": [[f"Ġ{word}"] for word in COLOURS],
-            "shape": [[f"Ġ{word}"] for word in SHAPES], "glyph": [[glyph] for glyph in GLYPHS],
-            "cell": [[first, *(f"Ġ{word}" for word in rest)] for first, *rest in (place.split() for place in PLACES)],
-            "corner": [[f"Ġ{word}" for word in corner.split()] for corner in CORNERS],
-            "digit 0": digits, "digit 1": digits,
-        }  # fmt: skip
-        words = embeddings.detach().float()
-        scale = SHARPNESS / words.square().sum(1).median()
-        self.words = {
-            name: torch.stack([words[[number(word) for word in answer]].sum(0) / len(answer) ** 0.5 for answer in said])
-            * scale for name, said in spoken.items()
-        }  # fmt: skip
-        self.words |= {name: turned(self.words[name]) for name in TURNED}
-        self.none = torch.nn.ModuleDict({name: torch.nn.Linear(words.shape[1], 1) for name in spoken})
+        scale = SHARPNESS / embeddings.detach().float().square().sum(1).median()
+        self.words = {name: words * scale for name, words in spoken(embeddings, number).items()}
+        self.none = torch.nn.ModuleDict({name: torch.nn.Linear(embeddings.shape[1], 1) for name in self.words})
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         tokens = tokens.float()
