@@ -403,9 +403,9 @@ def test_a_perfect_tower_says_what_it_is_taught(task: str) -> None:
     vision = batch.tensors["mm_token_type_ids"] > 0
     assert not tokens[~vision].any() and (not batch.clips or tokens[vision].any(-1).all())
     for row, of_row in enumerate(zip(*batch.clips, strict=True)):
-        every = tokens[row, vision[row]].split([clip.tokens for clip in of_row])
+        every = torch.split(tokens[row, vision[row]], [clip.tokens for clip in of_row])
         for clip, own in zip(of_row, every, strict=True):
-            for pair, part in enumerate(own.unflatten(0, (clip.grid[0], -1))):
+            for pair, part in enumerate(own.view(clip.grid[0], -1, own.shape[1])):
                 stamps = [(stamp[0] - 2 * pair, *stamp[1:]) for stamp in clip.stamps if stamp[0] // 2 == pair]
                 one = scenes.Clip(2, clip.height, clip.width, clip.seconds, clip.camera[:2], stamps)
                 for name, value in look.labels(one).items():
