@@ -109,12 +109,9 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
     parts: list[list[torch.Tensor]] = []
     for batch in batches:
         if trainer.config.perfect_tower:
-            words, number = (
-                trainer.model.get_input_embeddings().weight,
-                trainer.encoder.text.tokenizer.convert_tokens_to_ids,
-            )
+            number = trainer.encoder.text.tokenizer.convert_tokens_to_ids
             tensors = {name: value.to(device) for name, value in batch.tensors.items()}
-            seen = said(batch, words, number)
+            seen = said(batch, trainer.model.get_input_embeddings().weight, number)
         else:
             tensors = batch.to_model(trainer.encoder, photographs=trainer.config.photographs)
             seen = shown(trainer.model, tensors)
@@ -128,10 +125,10 @@ def encode(trainer: Trainer, batches: list[Batch], order: torch.Tensor) -> Rows:
             tensors["where"], tensors["goals"], tensors["first"], tensors["early"], tensors["second"],
             torch.full((many,), tasks.index(batch.task), device=device),
         ])  # fmt: skip
-    ids, vision, shows, positions, where, goals, first, early, second, task = (
+    ids, vision, seen, positions, where, goals, first, early, second, task = (
         torch.cat(column)[order] for column in zip(*parts, strict=True)
     )
-    return Rows(ids, vision, shows, positions.transpose(0, 1).contiguous(), where, goals, first, early, second,
+    return Rows(ids, vision, seen, positions.transpose(0, 1).contiguous(), where, goals, first, early, second,
                 task)  # fmt: skip
 
 
@@ -164,17 +161,16 @@ def wanted(batch: Batch, words: Words, choice: random.Random) -> dict[str, torch
     at = torch.cat([predicts, keys, keys, told, frames])
     # an answer has two tokens at least, the mark of its end counted in
     goal = torch.cat([targets, targets[begins], targets[begins.roll(1)], flat[told - 2], before])
-    kinds = torch.repeat_interleave(
-        torch.arange(5), torch.tensor([len(predicts), len(keys), len(keys), len(told), len(frames)])
-    )
     first = torch.nn.functional.pad(begins, (0, len(at) - len(begins)))
+    place, plain = torch.arange(len(at)), len(predicts) + len(keys)
+    early, second = place >= plain + len(keys), place >= plain
     row, order = (at // own).sort(stable=True)
     column = torch.arange(len(row)) - torch.searchsorted(row, row)
     where = torch.zeros(rows, WANTED, dtype=torch.int64)
     goals = torch.full_like(where, IGNORED)
     flags = torch.zeros(3, rows, WANTED, dtype=torch.bool)
     where[row, column], goals[row, column] = (at % own)[order], goal[order]
-    for flag, values in zip(flags, (first, kinds >= 3, kinds >= 2), strict=True):
+    for flag, values in zip(flags, (first, early, second), strict=True):
         flag[row, column] = values[order]
     return {"where": where, "goals": goals, "first": flags[0], "early": flags[1], "second": flags[2]}
 
@@ -185,14 +181,14 @@ def _borders(batch: Batch, words: Words, choice: random.Random) -> tuple[torch.T
     if batch.task in BORDERS:
         starts = (batch.tensors["mm_token_type_ids"] > 0).int().argmax(1).tolist()
         for row, (clip, start) in enumerate(zip(batch.clips[0], starts, strict=True)):
-            size = clip.height * clip.width // 784
+            size = clip.tokens // clip.grid[0]
             shown = sorted((stamp[0] // 2, COLOUR_OF[(stamp[6], stamp[7], stamp[8])]) for stamp in clip.stamps
                            if stamp[1] == BORDER and stamp[0] % 2 == 0)  # fmt: skip
             for number, (pair, _) in enumerate(shown):
                 token = row * batch.tensors["input_ids"].shape[1] + start + pair * size + choice.randrange(size)
                 at += [token] * number
-                goal += [words.colours[COLOURS.index(colour)] for _, colour in shown[:number]]
-    return torch.tensor(at, dtype=torch.int64), torch.tensor(goal, dtype=torch.int64)
+                goal += [COLOURS.index(colour) for _, colour in shown[:number]]
+    return torch.tensor(at, dtype=torch.int64), words.colours[torch.tensor(goal, dtype=torch.int64)]
 
 
 class Update:

@@ -79,9 +79,7 @@ def marked_pairs(batch: Batch, choice: random.Random) -> list[Clip]:
         marked = {stamp[0] // 2 for stamp in clip.stamps}
         plain = [pair for pair in range(clip.frames // 2) if pair not in marked]
         some = choice.sample(plain, min(len(plain), max(1, int(PLAIN * len(marked)))))
-        for pair in sorted({*marked, *some}):
-            stamps = [(s[0] - 2 * pair, *s[1:]) for s in clip.stamps if s[0] // 2 == pair]
-            out.append(Clip(2, clip.height, clip.width, clip.seconds, clip.camera[2 * pair : 2 * pair + 2], stamps))
+        out += [clip.pair(number) for number in sorted({*marked, *some})]
     return out
 
 

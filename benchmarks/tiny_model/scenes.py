@@ -45,6 +45,11 @@ class Clip:
     def grid(self) -> tuple[int, int, int]:
         return math.ceil(self.frames / 2), self.height // 14, self.width // 14
 
+    def pair(self, number: int) -> Clip:
+        """One pair of frames, with what is stamped on it, as a clip of its own."""
+        stamps = [(stamp[0] - 2 * number, *stamp[1:]) for stamp in self.stamps if stamp[0] // 2 == number]
+        return Clip(2, self.height, self.width, self.seconds, self.camera[2 * number : 2 * number + 2], stamps)
+
     def stamp(self, pair: int, sprite: str, box: tuple[int, int, int, int], colour: str = "white") -> None:
         """Put a sprite into `box` (x, y, width, height) of both frames of a pair; later ones cover earlier ones."""
         for frame in range(2 * pair, min(2 * pair + 2, self.frames)):
