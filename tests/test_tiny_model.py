@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tiny_model import batches, checkpoint, evaluate, look, perfect, scenes, sprites, train, words
+from benchmarks.tiny_model import answers, batches, checkpoint, evaluate, look, perfect, scenes, sprites, train, words
 from benchmarks.tiny_model.answers import Rounds, Update, encode
 from benchmarks.tiny_model.batches import Batch, collate, plan_batch
 from benchmarks.tiny_model.config import CONFIGS, Sizes
@@ -289,11 +289,15 @@ def test_a_resumed_training_goes_on_as_an_unbroken_one(tmp_path: Path) -> None:
     assert torch.equal(stored, elsewhere.model.lm_head.weight)
 
 
-def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path) -> None:
+def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(look, "FITTED_ON", 2)
+    monkeypatch.setattr(answers, "FLUSH_ROUNDS", 1)
     usual = CONFIGS["smoke"].stages["short"]
     stages = {"look": replace(usual, minutes=0.01, lengths={256: 1.0}, micros=1), "short": replace(usual, minutes=0.02)}
-    stages["words"] = replace(usual, minutes=0.01, lengths={128: 1.0}, tasks={"codes": 1.0})
-    stages = {name: stages[name] for name in ("look", "words", "short")}
+    # an hour, but what it reaches at once is enough
+    stages["words"] = replace(usual, minutes=60, lengths={128: 1.0}, tasks={"codes": 1.0}, enough=0.0)
+    stages["look and say"] = replace(stages["look"], near=1.0)
+    stages = {name: stages[name] for name in ("look", "look and say", "words", "short")}
     tasks = {"v_niah": 1.0, "codes": 1.0}
     config = replace(
         CONFIGS["smoke"], sizes=SMALL, stages=stages, tasks=tasks, workers=0, valid_samples=1, valid_lengths=(64,)
@@ -312,7 +316,7 @@ def test_a_run_goes_through_the_stages_and_trains_what_is_theirs(tmp_path: Path)
     before = {name: weight.detach().clone() for name, weight in again.model.named_parameters()}
     assert not changed(trainer, before) and not again.run(0.05) and changed(again, before) == {False}
     rows = [json.loads(line) for line in (tmp_path / "model" / "log.jsonl").read_text().splitlines()]
-    assert {row.get("stage") for row in rows} >= {"look", "words", "short"}
+    assert {row.get("stage") for row in rows} >= {"look", "look and say", "words", "short"}
 
 
 @pytest.mark.parametrize("task", ["mm_niah", "codes", "order", "caption"])
@@ -391,6 +395,34 @@ def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:
                 said = zip(found["digit 0"][there].tolist(), found["digit 1"][there].tolist(), strict=True)
                 assert set(said) == {(int(answer[0]), int(answer[1]))}
                 assert bool(there.any()) and not there.all()
+
+
+def test_tokens_are_nearer_to_what_they_are_to_say_once_fitted(tmp_path: Path, monkeypatch: Any) -> None:
+    usual = CONFIGS["smoke"].stages["short"]
+    stages = {"look": replace(usual, lengths={512: 1.0}, micro_tokens=2048, tasks={"v_niah": 1.0, "tracking": 1.0})}
+    trainer = Trainer(tmp_path, replace(CONFIGS["smoke"], sizes=SMALL, stages=stages, workers=0), "cpu")
+    number = trainer.encoder.text.tokenizer.convert_tokens_to_ids
+    heads = look.Heads(trainer.model.get_input_embeddings().weight, number)
+
+    last = trainer.model.model.visual.merger.mlp[-1]
+
+    def distance() -> float:
+        trainer.progress.micro = 0
+        with torch.no_grad():
+            tokens, found = next(iter(look.Frames(trainer, "look")))
+            return float(look.apart(tokens, found, heads.said) / look.apart(0 * tokens, found, heads.said))
+
+    monkeypatch.setattr(look, "FITTED_ON", 1)
+    before = distance()
+    trainer.progress.micro = 0
+    look.fit(trainer, iter(look.Frames(trainer, "look")), heads)
+    fitted, map_ = distance(), last.weight.detach().clone()
+    assert fitted < 0.95 < before  # 1: of tokens that say nothing; this tower has learnt nothing
+    for seed in range(4):  # no other map is nearer
+        with torch.no_grad():
+            noise = torch.randn(map_.shape, generator=torch.Generator().manual_seed(seed))
+            last.weight.copy_(map_ + 0.1 * map_.std() * noise)
+        assert distance() > fitted
 
 
 @pytest.mark.parametrize("task", ["mm_niah", "caption", "counting", "codes"])

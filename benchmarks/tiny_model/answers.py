@@ -279,25 +279,27 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
         waiting.append((length, update.sums.clone()))
         update.sums.zero_()
         if len(waiting) == FLUSH_ROUNDS:
-            report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
+            right = report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
             waiting = []
+            if right >= stage.enough:
+                progress.stage_seconds = max(progress.stage_seconds, stage.minutes * 60)
+                break
         now = time.monotonic()
         progress.spend(now - last)
         last = now
         if now - saved > SAVE_S:
             trainer.save()
             saved = now
-    report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
+    if waiting:
+        report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
     bar.close()
 
 
 def report(
     trainer: Trainer, stage: str, waiting: list[tuple[int, torch.Tensor]], norm: torch.Tensor, lr: float, bar: Any
-) -> None:
-    """Log what the rounds gave, by length and task; waits for the device."""
+) -> float:
+    """Log what the rounds gave, by length and task; waits for the device. Returns the share of right first tokens."""
     progress, tasks = trainer.progress, list(trainer.config.tasks)
-    if not waiting:
-        return
     total = torch.stack([sums for _, sums in waiting]).cpu()
     for (length, _), sums in zip(waiting, total, strict=True):
         for task, (loss, tokens, right, answers) in zip(tasks, sums.tolist(), strict=True):
@@ -311,3 +313,4 @@ def report(
     speed = f"{progress.tokens / max(progress.seconds, 1e-9) / 1e3:.0f}K tokens/s"
     bar.set_postfix_str(f"loss {loss / tokens:.3f} first {right / answers:.3f} lr {lr:.1e} {speed}")
     bar.update(progress.step - bar.n)
+    return right / answers  # type: ignore[no-any-return]

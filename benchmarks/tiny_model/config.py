@@ -37,6 +37,8 @@ class Stage:
     round_tokens: int = 131072  # at most, beyond one step
     warmup_steps: int = 100
     tasks: dict[str, float] | None = None  # shares; None for the config's
+    enough: float = 1.0  # share of right first tokens at which the stage ends before its time
+    near: float = 0.0  # share of a token's distance to its words in the vision tower's loss (look.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Config:
 
 SEEN = {"v_niah": 1.0, "tracking": 0.7, "order": 0.3, "counting": 0.2, "caption": 0.2}  # without images
 DETAILS = {"caption": 2.0, "counting": 0.7, "tracking": 1.0, "v_niah": 1.0}
+SAID = {"caption": 4.0, "counting": 0.8, "tracking": 1.0, "v_niah": 1.0, "order": 0.4}
 NEEDLES = {
     "v_niah": 2.0, "mm_niah": 4.0, "tracking": 1.2, "order": 1.2, "counting": 1.2, "caption": 1.5, "codes": 0.3,
 }  # fmt: skip
@@ -84,25 +87,31 @@ CONFIGS = {
                 minutes=5.5, lr=1e-3, lr_end=3e-5, warmup_steps=50, lengths={1024: 0.5, 4096: 0.5}, micro_tokens=12288,
                 micros=4, tasks=DETAILS,
             ),
-            # Looking codes up takes a step more than looking frames up, and hardly comes once those are learnt.
+            "look and say": Stage(
+                minutes=2.5, lr=1e-4, lr_end=2e-6, warmup_steps=100, lengths={512: 0.3, 1024: 0.3, 4096: 0.4},
+                micro_tokens=12288, micros=2, tasks=SAID, near=1.0,
+            ),
+            # Looking codes up takes a step more than looking frames up, and hardly comes once those are learnt. No
+            # longer than that: steps that have nothing left to learn undo what the others start from.
             "words": Stage(
-                minutes=0.4, lr=8e-4, lr_end=8e-4, lengths={128: 0.2, 256: 0.4, 512: 0.4}, tasks={"codes": 1.0}
+                minutes=0.3, lr=4e-4, lr_end=4e-4, lengths={128: 0.7, 256: 0.3}, micro_tokens=4096, micros=4,
+                tasks={"codes": 1.0}, enough=0.6,
             ),
             # All tasks from the beginning: layers that had learnt needles took up nothing more.
             "short": Stage(
-                minutes=2.2, lr=8e-4, lr_end=6e-4,
+                minutes=2.0, lr=4e-4, lr_end=4e-4, micro_tokens=4096,
                 lengths={64: 0.05, 128: 0.1, 256: 0.25, 512: 0.3, 1024: 0.2, 2048: 0.1},
             ),
             "medium": Stage(
-                minutes=3.0, lr=6e-4, lr_end=6e-4,
+                minutes=2.2, lr=4e-4, lr_end=4e-4,
                 lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
             ),
             "long": Stage(
-                minutes=4.8, lr=6e-4, lr_end=4e-4,
+                minutes=2.2, lr=4e-4, lr_end=3e-4,
                 lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
             ),
             "far": Stage(
-                minutes=4.5, lr=4e-4, lr_end=1e-5, tasks=NEEDLES,
+                minutes=2.5, lr=3e-4, lr_end=1e-5, tasks=NEEDLES,
                 lengths={1024: 0.1, 4096: 0.15, 8192: 0.1, 16384: 0.15, 65536: 0.2, 131072: 0.3},
             ),
         }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.tiny_model.batches import Batch
-from benchmarks.tiny_model.look import labels, spoken
+from benchmarks.tiny_model.look import labels, spoken, summed
 from benchmarks.tiny_model.scenes import Clip
 
 NOISE = 0.25  # of the embeddings' deviation, in every token
@@ -31,7 +31,5 @@ def _said(clip: Clip, words: dict[str, torch.Tensor], noise: torch.Tensor) -> to
     pairs, hidden = clip.grid[0], words["border"].shape[1]
     tokens = noise * torch.randn(pairs, clip.tokens // pairs, hidden)
     for pair in {stamp[0] // 2 for stamp in clip.stamps}:
-        for name, value in labels(clip.pair(pair)).items():
-            shown = value < len(words[name])
-            tokens[pair, shown] += words[name][value[shown]]
+        tokens[pair] += summed(labels(clip.pair(pair)), words)
     return tokens.flatten(0, 1)

@@ -26,7 +26,7 @@ from benchmarks.tiny_model.plans import least_tokens
 VALIDATION_SEED = 1 << 45
 LOOK = "look"  # how the names of the vision tower's stages begin
 MODEL = "model"  # the model's folder in a training's
-VALIDATION_S, VALIDATION_SHARE = 15.0, 0.12  # at most, at the end of a stage and of a run
+VALIDATION_S, VALIDATION_SHARE = 10.0, 0.12  # at most, at the end of a stage and of a run
 
 
 @torch.no_grad()
@@ -70,10 +70,11 @@ class Trainer:
         if self.progress.stage_seconds >= config.stages[name].minutes * 60 and name != stages[-1]:
             self.progress.begin(stages[stages.index(name) + 1])  # of weights whose curriculum ended there
         (folder / checkpoint.LOG).touch()
-        self._trains_vision(self.progress.stage.startswith(LOOK))
+        self.trains_vision(self.progress.stage.startswith(LOOK))
         checkpoint.load(folder, weights, self.master)
 
-    def _trains_vision(self, vision: bool) -> None:
+    def trains_vision(self, vision: bool) -> None:
+        """Train the vision tower, or all the rest, with an optimizer that begins anew."""
         self.model.model.visual.requires_grad_(vision)
         self.model.model.language_model.requires_grad_(not vision)
         self.model.lm_head.requires_grad_(not vision)
@@ -103,7 +104,7 @@ class Trainer:
                 return True
             if done:
                 self.progress.begin(stages[stages.index(name) + 1])
-                self._trains_vision(self.progress.stage.startswith(LOOK))
+                self.trains_vision(self.progress.stage.startswith(LOOK))
             if time.monotonic() > end - 2 * limit:
                 self.save()
                 return False
