@@ -372,6 +372,27 @@ def test_frames_with_a_border_know_which_came_before(task: str) -> None:
         assert told == before and len(before) >= 2
 
 
+def test_shapes_know_how_many_came_with_them() -> None:
+    config = replace(CONFIGS["smoke"], turns=24)
+    stage = replace(config.stages["short"], lengths={1024: 1.0}, micro_tokens=2048, micros=1, tasks={"counting": 1.0})
+    (batch,) = Rounds(config, stage)[3]
+    spelt, most = words.tokenizer().convert_ids_to_tokens, set()
+    for row, clip in enumerate(batch.clips[0]):
+        start = int((batch.tensors["mm_token_type_ids"][row] > 0).int().argmax())
+        told = {at - start: int(spelt(goal)) for at, goal, mine, early in zip(
+            *(batch.tensors[name][row].tolist() for name in ("where", "goals", "second", "early")), strict=True,
+        ) if mine and early}  # fmt: skip
+        seen = torch.cat([look.labels(clip.pair(pair))["shape"] for pair in range(clip.grid[0])]).tolist()
+        wanted, met = {}, [0] * len(words.SHAPES)
+        for token, shape in enumerate(seen):
+            if shape < len(words.SHAPES):
+                met[shape] += 1
+                wanted[token] = met[shape]
+        assert told == wanted
+        most |= set(met)
+    assert max(most) > 2
+
+
 def test_what_the_tower_is_taught_is_what_the_frames_show() -> None:
     for task in ("v_niah", "tracking", "caption", "counting"):
         plan = make_plan(task, tokens=4096, seed=3, split="train", turns=24)

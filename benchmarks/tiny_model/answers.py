@@ -4,15 +4,15 @@ The frames of a round of steps are drawn and encoded together, task by task. The
 graph (plain calls on a CPU). Learning needs updates more than examples, and a step of 8K tokens takes the GPU some
 milliseconds where drawing and encoding its frames by itself keeps the CPU busy for ten times as long.
 
-Beside the answers three kinds of hints are wanted. The first two tokens of an answer, at the word that its question
+Beside the answers four kinds of hints are wanted. The first two tokens of an answer, at the word that its question
 asks by: one look at what is like that word gives them there, and handing them on to where the answer stands is then
 learnt at once. Whose code it is, at each code in the text, after the first layers, so that the others can look it up.
 And which borders came before, at each frame with a border, after the first layers too: positions don't tell which of
 two frames came first (six pairs of frames share one at SGLang's rate, and far away all look alike), but what each could
-see does. From answers alone all these steps would have to come together, and answers stay at a guess among what the
-frames show. Whatever is wanted beside what a token is itself is said by words turned (words.turned): a code that must
-say its owner in the same place as its own name forgets the name, and nothing finds it any more (benchmarks/README.md,
-"Tries").
+see does. And how many shapes like it came so far, at each shape. From answers alone all these steps would have to come
+together, and answers stay at a guess among what the frames show. Whatever is wanted beside what a token is itself is
+said by words turned (words.turned): a code that must say its owner in the same place as its own name forgets the name,
+and nothing finds it any more (benchmarks/README.md, "Tries").
 
 Shapes: R prompts of a round, B of a step, N tokens of a prompt, A wanted tokens of a prompt at most.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,11 @@ from benchmarks.tiny_model.batches import SEED_STRIDE, Batch, endless, plan_batc
 from benchmarks.tiny_model.config import Config, Stage
 from benchmarks.tiny_model.forward import shown
 from benchmarks.tiny_model.inputs import IGNORED, Text
-from benchmarks.tiny_model.look import COLOUR_OF
+from benchmarks.tiny_model.look import COLOUR_OF, labels
 from benchmarks.tiny_model.perfect import said
 from benchmarks.tiny_model.plans import least_tokens
 from benchmarks.tiny_model.sprites import NUMBER
-from benchmarks.tiny_model.words import ASKED_BY, CODES, COLOURS, NAMES, tokenizer, turned
+from benchmarks.tiny_model.words import ASKED_BY, CODES, COLOURS, NAMES, SHAPES, tokenizer, turned
 
 if TYPE_CHECKING:
     from benchmarks.tiny_model.train import Trainer
@@ -47,7 +48,7 @@ FLUSH_ROUNDS = 16  # between two looks at the GPU's results
 SAVE_S = 60.0
 GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
 EARLY = 2  # layers after which a code knows its owner, and a frame the borders before it
-BORDERS, BORDER = ("order", "v_niah"), NUMBER["border"]  # tasks of one video with such frames
+BORDERS, SHAPED, BORDER = ("order", "v_niah"), ("counting",), NUMBER["border"]  # tasks of one video with such frames
 WANTED = 160  # tokens of a prompt at most: 24 turns of three, twice 24 at the words that they ask by, 32 codes
 
 
@@ -140,11 +141,13 @@ class Words:
     names: torch.Tensor
     codes: torch.Tensor
     colours: torch.Tensor
+    digits: torch.Tensor
 
     @classmethod
     def of(cls, tokenizer: Any) -> Words:
         groups = (ASKED_BY, NAMES, CODES, COLOURS)
-        return cls(*(torch.tensor(tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in group])) for group in groups))
+        spelt = [*([f"Ġ{word}" for word in group] for group in groups), list("0123456789")]
+        return cls(*(torch.tensor(tokenizer.convert_tokens_to_ids(group)) for group in spelt))
 
 
 def wanted(batch: Batch, words: Words, choice: random.Random) -> dict[str, torch.Tensor]:
@@ -157,7 +160,7 @@ def wanted(batch: Batch, words: Words, choice: random.Random) -> dict[str, torch
     begins = torch.cat([turn.new_ones(1), turn.diff()]) > 0
     keys = torch.where(torch.isin(flat, words.asked_by), number, 0).cummax(0).values[predicts[begins]]
     told = (torch.isin(flat, words.codes) & torch.isin(flat.roll(2), words.names)).nonzero()[:, 0]
-    frames, before = _borders(batch, words, choice)
+    frames, before = _met(batch, words, choice)
     at = torch.cat([predicts, keys, keys, told, frames])
     # an answer has two tokens at least, the mark of its end counted in
     goal = torch.cat([targets, targets[begins], targets[begins.roll(1)], flat[told - 2], before])
@@ -175,20 +178,33 @@ def wanted(batch: Batch, words: Words, choice: random.Random) -> dict[str, torch
     return {"where": where, "goals": goals, "first": flags[0], "early": flags[1], "second": flags[2]}
 
 
-def _borders(batch: Batch, words: Words, choice: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some token of each frame with a border, once for each such frame before it, and the earlier one's colour."""
-    at, goal = [], []
-    if batch.task in BORDERS:
-        starts = (batch.tensors["mm_token_type_ids"] > 0).int().argmax(1).tolist()
-        for row, (clip, start) in enumerate(zip(batch.clips[0], starts, strict=True)):
-            size = clip.tokens // clip.grid[0]
+def _met(batch: Batch, words: Words, choice: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of frames, and what was met up to there.
+
+    Some token of each frame with a border, once for each such frame before it: the earlier one's colour. The token of
+    each shape: how many such shapes there were, with this one.
+    """
+    at: list[int] = []
+    goal: list[torch.Tensor] = []
+    starts = (batch.tensors["mm_token_type_ids"] > 0).int().argmax(1).tolist()
+    for row, start in enumerate(starts if batch.task in (*BORDERS, *SHAPED) else ()):
+        clip = batch.clips[0][row]
+        size, first = clip.tokens // clip.grid[0], row * batch.tensors["input_ids"].shape[1] + start
+        if batch.task in BORDERS:
             shown = sorted((stamp[0] // 2, COLOUR_OF[(stamp[6], stamp[7], stamp[8])]) for stamp in clip.stamps
                            if stamp[1] == BORDER and stamp[0] % 2 == 0)  # fmt: skip
             for number, (pair, _) in enumerate(shown):
-                token = row * batch.tensors["input_ids"].shape[1] + start + pair * size + choice.randrange(size)
-                at += [token] * number
-                goal += [COLOURS.index(colour) for _, colour in shown[:number]]
-    return torch.tensor(at, dtype=torch.int64), words.colours[torch.tensor(goal, dtype=torch.int64)]
+                at += [first + pair * size + choice.randrange(size)] * number
+                goal += [words.colours[COLOURS.index(colour)] for _, colour in shown[:number]]
+        else:
+            met: Counter[int] = Counter()
+            for pair in sorted({stamp[0] // 2 for stamp in clip.stamps}):
+                shapes = labels(clip.pair(pair))["shape"]
+                token = int((shapes < len(SHAPES)).nonzero())
+                met[int(shapes[token])] += 1
+                at.append(first + pair * size + token)
+                goal.append(words.digits[met[int(shapes[token])]])
+    return torch.tensor(at, dtype=torch.int64), torch.stack(goal) if goal else torch.tensor([], dtype=torch.int64)
 
 
 class Update:
