@@ -430,13 +430,13 @@ def test_tokens_are_nearer_to_what_they_are_to_say_once_fitted(tmp_path: Path, m
     def distance() -> float:
         trainer.progress.micro = 0
         with torch.no_grad():
-            tokens, found = next(iter(look.Frames(trainer, "look")))
+            tokens, found = next(look.frames(trainer, "look"))
             return float(look.apart(tokens, found, heads.said) / look.apart(0 * tokens, found, heads.said))
 
     monkeypatch.setattr(look, "FITTED_ON", 1)
     before = distance()
     trainer.progress.micro = 0
-    look.fit(trainer, iter(look.Frames(trainer, "look")), heads)
+    look.fit(trainer, look.frames(trainer, "look"), heads)
     fitted, map_ = distance(), last.weight.detach().clone()
     assert fitted < 0.95 < before  # 1: of tokens that say nothing; this tower has learnt nothing
     for seed in range(4):  # no other map is nearer

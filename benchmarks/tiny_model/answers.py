@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from benchmarks.tiny_model.inputs import IGNORED, Text
 from benchmarks.tiny_model.look import COLOUR_OF, labels
 from benchmarks.tiny_model.perfect import said
 from benchmarks.tiny_model.plans import least_tokens
+from benchmarks.tiny_model.scenes import Clip
 from benchmarks.tiny_model.sprites import NUMBER
 from benchmarks.tiny_model.words import ASKED_BY, CODES, COLOURS, NAMES, SHAPES, tokenizer, turned
 
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 FLUSH_ROUNDS = 16  # between two looks at the GPU's results
 SAVE_S = 60.0
 GRAPHS_UP_TO = 8192  # longer prompts keep the GPU busy without
-EARLY = 2  # layers after which a code knows its owner, and a frame the borders before it
-BORDERS, SHAPED, BORDER = ("order", "v_niah"), ("counting",), NUMBER["border"]  # tasks of one video with such frames
+EARLY = 2  # layers after which a code knows its owner, and a frame what came before it
+BORDER = NUMBER["border"]
 WANTED = 160  # tokens of a prompt at most: 24 turns of three, twice 24 at the words that they ask by, 32 codes
 
 
@@ -178,33 +178,40 @@ def wanted(batch: Batch, words: Words, choice: random.Random) -> dict[str, torch
     return {"where": where, "goals": goals, "first": flags[0], "early": flags[1], "second": flags[2]}
 
 
-def _met(batch: Batch, words: Words, choice: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of frames, and what was met up to there.
+def _borders(clip: Clip, words: Words, choice: random.Random) -> Iterator[tuple[int, int]]:
+    """Some token of each frame with a border, once for each such frame before it, and the earlier one's colour."""
+    size = clip.tokens // clip.grid[0]
+    shown = sorted((stamp[0] // 2, COLOUR_OF[(stamp[6], stamp[7], stamp[8])]) for stamp in clip.stamps
+                   if stamp[1] == BORDER and stamp[0] % 2 == 0)  # fmt: skip
+    for number, (pair, _) in enumerate(shown):
+        token = pair * size + choice.randrange(size)
+        yield from ((token, int(words.colours[COLOURS.index(colour)])) for _, colour in shown[:number])
 
-    Some token of each frame with a border, once for each such frame before it: the earlier one's colour. The token of
-    each shape: how many such shapes there were, with this one.
-    """
-    at: list[int] = []
-    goal: list[torch.Tensor] = []
-    starts = (batch.tensors["mm_token_type_ids"] > 0).int().argmax(1).tolist()
-    for row, start in enumerate(starts if batch.task in (*BORDERS, *SHAPED) else ()):
-        clip = batch.clips[0][row]
-        size, first = clip.tokens // clip.grid[0], row * batch.tensors["input_ids"].shape[1] + start
-        if batch.task in BORDERS:
-            shown = sorted((stamp[0] // 2, COLOUR_OF[(stamp[6], stamp[7], stamp[8])]) for stamp in clip.stamps
-                           if stamp[1] == BORDER and stamp[0] % 2 == 0)  # fmt: skip
-            for number, (pair, _) in enumerate(shown):
-                at += [first + pair * size + choice.randrange(size)] * number
-                goal += [words.colours[COLOURS.index(colour)] for _, colour in shown[:number]]
-        else:
-            met: Counter[int] = Counter()
-            for pair in sorted({stamp[0] // 2 for stamp in clip.stamps}):
-                shapes = labels(clip.pair(pair))["shape"]
-                token = int((shapes < len(SHAPES)).nonzero())
-                met[int(shapes[token])] += 1
-                at.append(first + pair * size + token)
-                goal.append(words.digits[met[int(shapes[token])]])
-    return torch.tensor(at, dtype=torch.int64), torch.stack(goal) if goal else torch.tensor([], dtype=torch.int64)
+
+def _shapes(clip: Clip, words: Words, _: random.Random) -> Iterator[tuple[int, int]]:
+    """The token of each shape, and how many such shapes there were, with this one."""
+    size, met = clip.tokens // clip.grid[0], [0] * len(SHAPES)
+    for pair in sorted({stamp[0] // 2 for stamp in clip.stamps}):
+        shapes = labels(clip.pair(pair))["shape"]
+        token = int((shapes < len(SHAPES)).nonzero())
+        met[shapes[token]] += 1
+        yield pair * size + token, int(words.digits[met[shapes[token]]])
+
+
+# What frames know of those before them, by task (of one video): tokens of its clip, and the word wanted there.
+MET = {"order": _borders, "v_niah": _borders, "counting": _shapes}
+
+
+def _met(batch: Batch, words: Words, choice: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the batch's tokens, and the words wanted there, of MET."""
+    found: list[tuple[int, int]] = []
+    if batch.task in MET:
+        starts = (batch.tensors["mm_token_type_ids"] > 0).int().argmax(1).tolist()
+        for row, (clip, start) in enumerate(zip(batch.clips[0], starts, strict=True)):
+            first = row * batch.tensors["input_ids"].shape[1] + start
+            found += [(first + token, word) for token, word in MET[batch.task](clip, words, choice)]
+    at, goal = torch.tensor(found, dtype=torch.int64).view(-1, 2).unbind(1)
+    return at, goal
 
 
 class Update:
@@ -298,8 +305,7 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
             right = report(trainer, stage_name, waiting, update.norm, checkpoint.rate(stage, progress), bar)
             waiting = []
             if right >= stage.enough:
-                progress.stage_seconds = max(progress.stage_seconds, stage.minutes * 60)
-                break
+                progress.stage_seconds, end = stage.minutes * 60, last
         now = time.monotonic()
         progress.spend(now - last)
         last = now

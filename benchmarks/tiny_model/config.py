@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -37,7 +38,7 @@ class Stage:
     round_tokens: int = 131072  # at most, beyond one step
     warmup_steps: int = 100
     tasks: dict[str, float] | None = None  # shares; None for the config's
-    enough: float = 1.0  # share of right first tokens at which the stage ends before its time
+    enough: float = math.inf  # share of right first tokens at which the stage ends before its time
     near: float = 0.0  # share of a token's distance to its words in the vision tower's loss (look.py)
 
 

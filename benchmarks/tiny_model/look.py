@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 from benchmarks.tiny_model import checkpoint, sprites
@@ -47,6 +47,8 @@ LOCAL_WEIGHT = 10.0  # of a token that shows something local, over one that does
 NEAR_LOCAL, NEAR_PLAIN = 5.0, 0.2  # weights of the distance: a token that shows something local; one that shows nothing
 FITTED_ON, RIDGE = 256, 1e-4  # batches of the fit; of the features' mean square, added to it
 PLAIN = 0.1  # unmarked pairs of frames to each marked one
+
+Seen = tuple[torch.Tensor, dict[str, torch.Tensor]]  # tokens of pairs of frames, and their labels
 
 
 def labels(clip: Clip) -> dict[str, torch.Tensor]:
@@ -140,8 +142,7 @@ def weights(found: dict[str, torch.Tensor], words: dict[str, torch.Tensor]) -> t
 
 def summed(found: dict[str, torch.Tensor], words: dict[str, torch.Tensor]) -> torch.Tensor:
     """What tokens are to say, [..., hidden], from labels [...]: the sum of the words of all that they show."""
-    nothing = {name: torch.zeros_like(value[:1]) for name, value in words.items()}
-    return torch.stack([torch.cat([words[name], nothing[name]])[value] for name, value in found.items()]).sum(0)
+    return torch.stack([pad(words[name], (0, 0, 0, 1))[value] for name, value in found.items()]).sum(0)
 
 
 def apart(tokens: torch.Tensor, found: dict[str, torch.Tensor], words: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -150,41 +151,32 @@ def apart(tokens: torch.Tensor, found: dict[str, torch.Tensor], words: dict[str,
     return ((tokens.float() - summed(found, words)).square().sum(-1) * weight).sum() / weight.sum()
 
 
-class Frames:
+def frames(trainer: Trainer, stage_name: str) -> Iterator[Seen]:
     """Endless batches of pairs of frames: the vision tower's tokens [pairs, tokens, hidden], and their labels."""
-
-    def __init__(self, trainer: Trainer, stage_name: str) -> None:
-        self.trainer, self.stage = trainer, trainer.config.stages[stage_name]
-        self.batches = loader(trainer.config, self.stage, trainer.progress.micro)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-        progress, encoder = self.trainer.progress, self.trainer.encoder
-        for batch in self.batches:
-            progress.micro += 1
-            if not batch.clips or any(clip.frames < 2 for shown in batch.clips for clip in shown):
-                continue
-            clips = marked_pairs(batch, random.Random(progress.micro))
-            clips = clips[: max(1, self.stage.micro_tokens // clips[0].tokens)]
-            pixels = encoder.pixels(
-                render(clips, encoder.device, photographs=self.trainer.config.photographs), video=True
-            )
-            t, h, w = len(clips), clips[0].height // 14, clips[0].width // 14
-            tokens = vision_features(self.trainer.model, pixels, [(t, h, w)]).view(t, h * w // 4, -1)
-            rows = [labels(clip) for clip in clips]
-            found = {name: torch.stack([row[name] for row in rows]).to(tokens.device, non_blocking=True)
-                     for name in rows[0]}  # fmt: skip
-            yield tokens, found
+    progress, encoder, stage = trainer.progress, trainer.encoder, trainer.config.stages[stage_name]
+    for batch in loader(trainer.config, stage, progress.micro):
+        progress.micro += 1
+        if not batch.clips or any(clip.frames < 2 for shown in batch.clips for clip in shown):
+            continue
+        clips = marked_pairs(batch, random.Random(progress.micro))
+        clips = clips[: max(1, stage.micro_tokens // clips[0].tokens)]
+        pixels = encoder.pixels(render(clips, encoder.device, photographs=trainer.config.photographs), video=True)
+        t, h, w = len(clips), clips[0].height // 14, clips[0].width // 14
+        tokens = vision_features(trainer.model, pixels, [(t, h, w)]).view(t, h * w // 4, -1)
+        rows = [labels(clip) for clip in clips]
+        yield tokens, {name: torch.stack([row[name] for row in rows]).to(tokens.device, non_blocking=True)
+                       for name in rows[0]}  # fmt: skip
 
 
 @torch.no_grad()
-def fit(trainer: Trainer, frames: Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]], heads: Heads) -> None:
+def fit(trainer: Trainer, seen: Iterator[Seen], heads: Heads) -> None:
     """Set the tower's last map to the one whose tokens are nearest to what they are to say (ridge regression)."""
     mlp = trainer.model.model.visual.merger.mlp
     last, mlp[-1] = mlp[-1], torch.nn.Identity()
     size = last.in_features + 1
     square, product = (torch.zeros(size, many, device=last.weight.device) for many in (size, last.out_features))
-    for tokens, found in tqdm(itertools.islice(frames, FITTED_ON), desc="fit", unit="batch", total=FITTED_ON):
-        x = torch.nn.functional.pad(tokens.float().flatten(0, 1), (0, 1), value=1.0)
+    for tokens, found in tqdm(itertools.islice(seen, FITTED_ON), desc="fit", unit="batch", total=FITTED_ON):
+        x = pad(tokens.float().flatten(0, 1), (0, 1), value=1.0)
         weighted = x * weights(found, heads.said).flatten()[:, None]
         square += x.t() @ weighted
         product += weighted.t() @ summed(found, heads.said).flatten(0, 1)
@@ -202,13 +194,13 @@ def train(trainer: Trainer, stage_name: str, end: float) -> None:
     words = trainer.model.get_input_embeddings().weight
     heads = Heads(words, encoder.text.tokenizer.convert_tokens_to_ids).to(encoder.device)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=stage.lr, betas=trainer.config.betas)
-    frames, bar = iter(Frames(trainer, stage_name)), tqdm(unit="step", mininterval=5)
+    seen, bar = frames(trainer, stage_name), tqdm(unit="step", mininterval=5)
     if stage.near and not progress.stage_step:
-        fit(trainer, frames, heads)
+        fit(trainer, seen, heads)
         trainer.trains_vision(True)  # an optimizer for the weights as they are now
     while time.monotonic() < end or not progress.stage_step:  # a step at least: the fit is over then
         losses, rights = [], []
-        for tokens, found in itertools.islice(frames, stage.micros):
+        for tokens, found in itertools.islice(seen, stage.micros):
             loss = torch.zeros((), device=tokens.device)
             for name, logits in heads(tokens).items():
                 goal = found[name]
