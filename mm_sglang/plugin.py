@@ -34,9 +34,10 @@ def register() -> None:
 
         return MMSparseBackend(runner)
 
-    from mm_sglang.compat import cp_body, qwen2_5_vl_frames, uint8_pixels, video_errors
+    from mm_sglang.compat import cp_body, pinned_positions, qwen2_5_vl_frames, uint8_pixels, video_errors
 
     cp_body.install()
+    pinned_positions.install()
     qwen2_5_vl_frames.install()
     uint8_pixels.install()
     video_errors.install()

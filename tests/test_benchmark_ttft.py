@@ -125,6 +125,7 @@ def test_a_profile_sorts_kernels_into_stages_and_counts_idle_time_once(tmp_path:
         json.dump({"traceEvents": events}, stream)
     found = profile.read(tmp_path, 2)
     assert found["seconds"] == pytest.approx(1e-3) and found["idle"] == pytest.approx(50e-6)
+    assert found["waits"] == [pytest.approx((150e-6, 50e-6, "_mass", "kernel_cutlass_FlashAttention90"))]
     assert found["exposed_exchange"] == 0 and len(found["ranks"]) == 1
     assert [row[3] for row in found["timeline"]] == ["attention", "copies", "norm, rotary, activation"]
     assert found["timeline"][0] == ("", 0.0, 0.3, "attention")

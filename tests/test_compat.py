@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -22,6 +23,7 @@ from mm_sglang.compat import (
     cpu_current_stream,
     cpu_last_loc,
     cpu_vision_segments,
+    pinned_positions,
     qwen2_5_vl_frames,
     require_supported_sglang,
     uint8_pixels,
@@ -42,9 +44,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_every_hook_has_a_target_of_the_shape_it_expects(registered: dict[str, Any]) -> None:
-    for module in (cp_body, cpu_last_loc, cpu_vision_segments, qwen2_5_vl_frames, uint8_pixels, video_errors):
+    hooked = (
+        cp_body, cpu_last_loc, cpu_vision_segments, pinned_positions, qwen2_5_vl_frames, uint8_pixels, video_errors
+    )  # fmt: skip
+    for module in hooked:
         module.install()
-    assert len(registered) == 13
+    assert len(registered) == 14
     for target, (hook, kind) in registered.items():
         original = list(inspect.signature(resolve_name(target)).parameters)
         ours = list(inspect.signature(hook).parameters)
@@ -140,6 +145,37 @@ def test_a_body_is_built_and_run_as_on_one_rank_only_with_context_parallelism_of
         body.forward()
         note()
     assert seen == [(2, 2, True), (1, 1, False), (1, 1, False), (2, 2, True)]
+
+
+def test_positions_are_sglangs_own_and_sent_from_pinned_memory_with_mm_sparse_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sglang.srt.runtime_context as context
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    import mm_sglang.kernels.layout as layout
+
+    original = ForwardBatch._compute_mrope_positions_extend
+    monkeypatch.setattr(
+        context, "get_exec", lambda: SimpleNamespace(deterministic=SimpleNamespace(rl_on_policy_target=None))
+    )
+    monkeypatch.setattr("sglang.srt.model_executor.forward_batch_info.get_exec", context.get_exec)
+    sent: list[tuple[list[list[int]], Any]] = []
+
+    def upload(host: torch.Tensor, device: Any) -> torch.Tensor:
+        sent.append((host.tolist(), device))
+        return host
+
+    monkeypatch.setattr(layout, "upload", upload)
+    media = SimpleNamespace(mrope_positions=torch.arange(30).view(3, 10))
+    requests = [SimpleNamespace(session=None), SimpleNamespace(session=None)]
+    batch = SimpleNamespace(multimodal_inputs=[None, media], extend_lens=[2, 3], prefix_lens=[4, 5], reqs=requests)
+    want = [[4, 5, 5, 6, 7], [4, 5, 15, 16, 17], [4, 5, 25, 26, 27]]
+    for backend, through in (("fa3", []), ("mm_sparse", [(want, "meta")])):
+        monkeypatch.setattr(context, "attention_backends", lambda backend=backend: (backend, "flashinfer"))
+        forward = SimpleNamespace(seq_lens_cpu=torch.tensor([6, 8]), mrope_positions=None)
+        pinned_positions._extend(original, forward, SimpleNamespace(device="meta"), batch)
+        assert sent == through and forward.mrope_positions.shape == (3, 5)
 
 
 def test_a_context_parallel_model_gets_its_vision_mrope_and_sharded_deepstack(monkeypatch: pytest.MonkeyPatch) -> None:

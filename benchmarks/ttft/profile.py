@@ -23,6 +23,7 @@ STAGES: dict[str, str] = {
     "copies": r"memcpy|memset",
 }
 OTHER = "elementwise and other"
+WAITS = 12  # of a profile are kept
 ATTENDING = ("estimate", "select", "permute (copies of q, k, v)", "plan", "attention")
 
 
@@ -32,7 +33,10 @@ def stage_of(kernel: str) -> str:
 
 
 def by_stage(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a Chrome trace's GPU events: seconds by stage, of nothing running, of nothing but an exchange, kernels."""
+    """Of a Chrome trace's GPU events: seconds by stage, of nothing running, of nothing but an exchange, kernels.
+
+    waits: the longest times of nothing, each as (start in s, seconds, kernel before, kernel after).
+    """
     found = _kernels(events)
     if not found:
         raise ValueError("the trace holds no kernel")
@@ -47,6 +51,7 @@ def by_stage(events: list[dict[str, Any]]) -> dict[str, Any]:
     largest = sorted(kernels.items(), key=lambda kernel: -kernel[1])[:40]
     return {
         "seconds": (last - first) / 1e6, "idle": (last - first - busy) / 1e6, "exposed_exchange": alone / 1e6,
+        "waits": _waits(found)[:WAITS],
         "launches": len(found), "stages": dict(sorted(stages.items(), key=lambda stage: -stage[1])),
         "largest": dict(largest),
     }  # fmt: skip
@@ -68,6 +73,18 @@ def _covered(kernels: list[tuple[float, float, str, str]]) -> float:
         total += max(0.0, start + length - max(start, until))
         until = max(until, start + length)
     return total
+
+
+def _waits(kernels: list[tuple[float, float, str, str]]) -> list[tuple[float, float, str, str]]:
+    """Times in which none of them runs, longest first."""
+    begin, _, before, _ = kernels[0]
+    until, out = begin, []
+    for start, length, name, _ in kernels:
+        if start > until:
+            out.append(((until - begin) / 1e6, (start - until) / 1e6, before[:60], name[:60]))
+        if start + length >= until:
+            until, before = start + length, name
+    return sorted(out, key=lambda wait: -wait[1])
 
 
 def timeline(events: list[dict[str, Any]], seconds: float) -> list[tuple[str, float, float, str]]:
