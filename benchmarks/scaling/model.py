@@ -14,6 +14,7 @@ BY_TILES = ("_choose", "_scores", "_hulls", "_append")  # kernels of "select" an
 REPEATED = ("select", "permute (copies of q, k, v)", "plan")
 PREDICTED = ((4, 1), (8, 1), (16, 2), (64, 8))  # GPUs, hosts
 MILLIONS = (1, 2, 4, 10)
+COMPILES = 0.1  # seconds: a GPU that waits longer in a profile waits for a kernel to be compiled, once
 MEMORY = 141e9  # bytes of an H200
 
 
@@ -35,7 +36,8 @@ def figures(record: dict[str, Any], *, vision: float = 0.0, decode: float = 0.0)
     keys, pairs = sum(k for _, k in bounds), sum(q * k for q, k in bounds)
     tiles = sum(profile["largest"].get(name, 0.0) for name in BY_TILES)
     repeated = sum(stages.get(name, 0.0) for name in REPEATED) - tiles
-    named = stages.get("attention", 0.0) + stages.get("estimate", 0.0) + repeated + tiles
+    compiling = sum(seconds for _, seconds, *_ in profile.get("waits", []) if seconds > COMPILES)
+    named = compiling + stages.get("attention", 0.0) + stages.get("estimate", 0.0) + repeated + tiles
     return Figures(
         layers=layers, kv_bytes=2 * 2 * layers * TEXT["num_key_value_heads"] * TEXT["head_dim"],
         row_bytes=2 * 2 * TEXT["hidden_size"],  # hidden states and residual

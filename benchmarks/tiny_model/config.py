@@ -100,19 +100,19 @@ CONFIGS = {
             ),
             # All tasks from the beginning: layers that had learnt needles took up nothing more.
             "short": Stage(
-                minutes=2.0, lr=4e-4, lr_end=4e-4, micro_tokens=4096,
+                minutes=1.8, lr=4e-4, lr_end=4e-4, micro_tokens=4096,
                 lengths={64: 0.05, 128: 0.1, 256: 0.25, 512: 0.3, 1024: 0.2, 2048: 0.1},
             ),
             "medium": Stage(
-                minutes=2.2, lr=4e-4, lr_end=4e-4,
+                minutes=2.0, lr=4e-4, lr_end=4e-4,
                 lengths={256: 0.1, 512: 0.15, 1024: 0.2, 2048: 0.2, 4096: 0.15, 8192: 0.12, 16384: 0.08},
             ),
             "long": Stage(
-                minutes=2.2, lr=4e-4, lr_end=3e-4,
+                minutes=2.1, lr=4e-4, lr_end=3e-4,
                 lengths={512: 0.1, 1024: 0.1, 4096: 0.2, 8192: 0.15, 16384: 0.2, 32768: 0.1, 65536: 0.1, 131072: 0.05},
             ),
             "far": Stage(
-                minutes=2.5, lr=3e-4, lr_end=1e-5, tasks=NEEDLES,
+                minutes=2.4, lr=3e-4, lr_end=1e-5, tasks=NEEDLES,
                 lengths={1024: 0.1, 4096: 0.15, 8192: 0.1, 16384: 0.15, 65536: 0.2, 131072: 0.3},
             ),
         }

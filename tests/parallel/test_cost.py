@@ -82,3 +82,13 @@ def test_the_model_meets_what_one_gpu_took_at_other_lengths() -> None:
     assert "vision" in text and "decode" in text and "gather" in text
     with pytest.raises(ValueError, match="no profile of mm_sparse on one GPU"):
         figures({"runs": [{"name": "stock", "layers": 28}]})
+
+
+def test_a_kernel_compiled_during_the_profile_counts_for_nothing() -> None:
+    profile = {"tokens": 1 << 20, "seconds": 12.0, "stages": {"linear layers": 9.0, "attention": 1.0}, "largest": {}}
+    waits = [[2.5, 1.5, "_keep", "_buckets"], [7.0, 0.5, "_count", "_place"], [8.0, 0.02, "copy", "Memcpy HtoD"]]
+    run = {"name": "mm_sparse", "gpus": 1, "layers": 12, "chunk": 1 << 17}
+    plain, waited = (
+        figures({"runs": [run | {"profile": profile | more}]}) for more in ({"seconds": 10.0}, {"waits": waits})
+    )
+    assert waited == plain
