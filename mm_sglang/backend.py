@@ -225,8 +225,9 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
         q, k, v = (x.view(len(x), -1, layer.head_dim) for x in (q, k, v))
         dense: Recipes = (Dense(),) * layer.tp_q_head_num
         wanted = [dense if recipes is None or chunk.dense else recipes for chunk in batch.chunks]
+        finish_queries = batch.start_queries(q, wanted)
         finish_keys = batch.start(k, pools[0])
-        queries = batch.queries(q, wanted)
+        queries = finish_queries()
         finish_values = batch.start(v, pools[1])  # on their way while the first group is estimated and planned
         finish_keys()
         out = torch.empty_like(queries)

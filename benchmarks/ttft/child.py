@@ -112,8 +112,9 @@ class Contestant:
         for tokens in asked["tokens"]:
             if self.there_is_time(f"questions at {tokens}", 5 * last * (tokens / tokens_before) ** spec["growth"]):
                 tokens_before, last = tokens, self.questions(tokens, asked["more"])
-        if spec.get("profile") and self.there_is_time("profile", 3 * last):
-            self.profile(spec["profile"])
+        profiled = spec.get("profile")
+        if profiled and self.there_is_time("profile", 3 * last * max(1.0, profiled / tokens_before) ** spec["growth"]):
+            self.profile(profiled)
         self.store()
 
     def profile(self, tokens: int) -> None:

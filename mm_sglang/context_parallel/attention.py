@@ -73,20 +73,33 @@ class SharedBatch:
 
         return finish
 
-    def queries(self, q: torch.Tensor, recipes: Sequence[Sequence[HeadPattern]]) -> torch.Tensor:
-        """[T + 1, H, D]: this rank's queries [W, H, D] in place, and those of others that the recipes look at.
+    def start_queries(
+        self, q: torch.Tensor, recipes: Sequence[Sequence[HeadPattern]]
+    ) -> Callable[[], torch.Tensor]:  # fmt: skip
+        """Starts to gather those of q [W, H, D] that recipes of other ranks look at; before the keys, as they are few.
 
         Args:
-            recipes: of each chunk. All other rows are whatever the memory held, and nobody reads them: to write zeros
-                there would hold up the gather of keys.
+            recipes: of each chunk.
+
+        Returns:
+            A call that gives [T + 1, H, D]: this rank's queries in place, and those of others that are looked at. All
+            other rows are whatever the memory held, and nobody reads them: to write zeros there would hold up the
+            gather of keys.
         """
-        out = q.new_empty(sum(self.sharding.lengths) + 1, *q.shape[1:])
-        _wide(out).index_copy_(0, self.rows, _wide(q[: len(self.rows)]))
+        waiting = []
         for heads, need in self._needs(recipes):
             send, place = self._fetch(need, q.device)
             at = device_ints(heads, q.device).long()
-            out[place[:, None], at] = self.ranks.gather(q.index_select(0, send).index_select(1, at))()
-        return out
+            waiting.append((place, at, self.ranks.gather(q.index_select(0, send).index_select(1, at))))
+
+        def finish() -> torch.Tensor:
+            out = q.new_empty(sum(self.sharding.lengths) + 1, *q.shape[1:])
+            _wide(out).index_copy_(0, self.rows, _wide(q[: len(self.rows)]))
+            for place, at, gathered in waiting:
+                out[place[:, None], at] = gathered()
+            return out
+
+        return finish
 
     def _needs(self, recipes: Sequence[Sequence[HeadPattern]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(heads, last rows of each chunk): in one piece those of which any row is wanted, in another all others."""

@@ -140,8 +140,9 @@ def together(
             [p.k for p in batch], [p.v for p in batch]))  # fmt: skip
         shared = SharedBatch.of(ranks, sharding, width, [p.chunk for p in batch], new, tail)
         local_q, k, v = (torch.nn.functional.pad(x, fill) for x in (q[own], k, v))
+        finish_queries = shared.start_queries(local_q, [p.patterns for p in batch])
         finish_keys = shared.start(k, keys)
-        queries = shared.queries(local_q, [p.patterns for p in batch])
+        queries = finish_queries()
         finish_values = shared.start(v, values)
         finish_keys()
         out = torch.full_like(queries, torch.nan)

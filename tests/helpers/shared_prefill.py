@@ -99,8 +99,9 @@ def _together(
     q_own, k_own, v_own = (
         torch.nn.functional.pad(x[own], (0, 0, 0, 0, 0, width - len(own))) for x in (q, k, v)
     )  # fmt: skip
+    finish_queries = batch.start_queries(q_own, [patterns])
     finish_keys = batch.start(k_own, pools[0])
-    queries = batch.queries(q_own, [patterns])
+    queries = finish_queries()
     finish_values = batch.start(v_own, pools[1])
     finish_keys()
     out = torch.empty_like(queries)
