@@ -19,7 +19,16 @@ from mm_sglang.kernels import classes
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.inspection import recall
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.patterns import AShape, BlockTopK, Boundary, Dense, Grid, HeadPattern, VerticalSlash
+from mm_sglang.kernels.patterns import (
+    AShape,
+    BlockTopK,
+    Boundary,
+    ColumnBlocks,
+    Dense,
+    Grid,
+    HeadPattern,
+    VerticalSlash,
+)
 from mm_sglang.kernels.plan import TILE, Plan
 from mm_sglang.kernels.sampling import Sample
 
@@ -96,7 +105,7 @@ def for_chunk(pattern: HeadPattern, then: tuple[int, int], now: tuple[int, int])
     if isinstance(pattern, Boundary):
         return replace(pattern, recipes=tuple((name, for_chunk(r, then, now)) for name, r in pattern.recipes))
     grown = pattern.scaled(sum(now) / sum(then))
-    if isinstance(pattern, VerticalSlash) and isinstance(grown, VerticalSlash):
+    if isinstance(pattern, VerticalSlash | ColumnBlocks) and isinstance(grown, VerticalSlash | ColumnBlocks):
         return replace(grown, columns=max(1, round(pattern.columns * now[1] / then[1])))
     if isinstance(pattern, Grid) and isinstance(grown, Grid):
         return replace(grown, lines=pattern.lines)
@@ -169,6 +178,8 @@ def _tokens(pattern: HeadPattern) -> float:
         return pattern.columns + 4.0 * pattern.slashes
     if isinstance(pattern, BlockTopK):
         return 2.0 * TILE * pattern.blocks
+    if isinstance(pattern, ColumnBlocks):
+        return pattern.columns + 2.0 * TILE * pattern.blocks
     return 2.0 * pattern.local if isinstance(pattern, AShape | Grid) else 1.0
 
 

@@ -93,10 +93,10 @@ def _group(view: View, pattern: HeadPattern, parts: list[tuple[str | None, Selec
         return _natural(view, pattern, parts[0][1])
     device = view.q.device
     kept: torch.Tensor | None = None
-    most, segments, width = 0, [Segment()], 0
+    most = 0
     for key_class, chosen in parts:
         allowed = None if key_class is None else classes.mask(view.layout, key_class)
-        number = keys if key_class is None else classes.count(view.layout, key_class, 0, keys)
+        number = _keys(view, key_class)
         own = allowed if chosen.everything else chosen.columns
         if own is not None and allowed is not None and own is not allowed:
             own = own & allowed
@@ -106,18 +106,23 @@ def _group(view: View, pattern: HeadPattern, parts: list[tuple[str | None, Selec
             first = classes.first(view.layout, key_class, chosen.sink)
             kept = first if kept is None else kept | first
             most += min(chosen.sink, number)
-        bands = chosen.bands
-        if bands is None and chosen.blocks is None:
+    by_class = None if parts[0][0] is None else _segments_of(view.layout, parts)
+    tiles = -(-keys // TILE) + len(parts)
+    if kept is None:
+        kept = torch.zeros(keys, dtype=torch.bool, device=device)
+    order, start, rank = view.ops.key_order(kept.expand(count, -1), by_class, len(parts) + 1, tiles)
+    segments, width = [Segment()], 0
+    for s, (key_class, chosen) in enumerate(parts, 1):
+        number = -(-_keys(view, key_class) // TILE)
+        bands, blocks = chosen.bands, chosen.blocks
+        if chosen.rest is not None:
+            blocks = chosen.rest(_pooled(view, order, start[:, s], number))
+        if bands is None and blocks is None:
             heads = count * len(view.heads[0])
             empty = torch.zeros(heads, 1, dtype=torch.int32, device=device)
             bands = Bands(index=empty, count=empty[:, 0])
-        segments.append(Segment(bands=bands, blocks=chosen.blocks))
-        width += _width(segments[-1], -(-number // TILE), view.q_order is not None)
-    by_class = None if parts[0][0] is None else _segments_of(view.layout, parts)
-    tiles = -(-keys // TILE) + len(segments) - 1
-    if kept is None:
-        kept = torch.zeros(keys, dtype=torch.bool, device=device)
-    order, start, rank = view.ops.key_order(kept.expand(count, -1), by_class, len(segments), tiles)
+        segments.append(Segment(bands=bands, blocks=blocks))
+        width += _width(segments[-1], number, view.q_order is not None)
     return HeadGroup(
         pattern=pattern, prefix=view.prefix, queries=view.queries, heads=view.heads, kv_head=view.kv_head,
         q_order=view.q_order, k_order=order, start=start, rank=rank,
@@ -125,6 +130,22 @@ def _group(view: View, pattern: HeadPattern, parts: list[tuple[str | None, Selec
         segments=tuple(segments), width=min(width + -(-min(most, keys) // TILE), tiles),
         tile_lists=view.ops.tile_lists,
     )  # fmt: skip
+
+
+def _keys(view: View, key_class: str | None) -> int:
+    return view.keys if key_class is None else classes.count(view.layout, key_class, 0, view.keys)
+
+
+def _pooled(view: View, order: torch.Tensor, start: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Mean keys [R, tiles, D] of the segment that begins at slot `start` (int32 [R]) of a key order.
+
+    A segment may be shorter than `tiles`; what follows it then is nobody's to see.
+    """
+    means: torch.Tensor = view.ops.pool(
+        view.k, order, view.slots, tuple((head,) for head in view.kv_head), 1, True, 0, view.keys
+    )
+    at = start.long()[:, None] // TILE + torch.arange(tiles, device=start.device)
+    return means.gather(1, at.clamp(max=means.shape[1] - 1)[..., None].expand(-1, -1, means.shape[2]))
 
 
 def _segments_of(layout: TokenLayout, parts: list[tuple[str | None, Selection]]) -> torch.Tensor:

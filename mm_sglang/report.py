@@ -16,8 +16,9 @@ from mm_sglang.settings_file import write_whole
 # One colour a family, kin near each other: slashes blue, grids red to yellow.
 COLOURS = {
     "a_shape": "#8c8c8c", "vertical_slash": "#4c78a8", "columns": "#72b7b2", "grid frame": "#e45756",
-    "grid frame, both lines": "#f58518", "grid row": "#d4a72c", "block_topk": "#54a24b", "k vertical_slash": "#7da7d9",
-    "q vertical_slash": "#3a5ba0", "q grid frame": "#c2607f", "2d vertical_slash": "#b279a2",
+    "grid frame, both lines": "#f58518", "grid row": "#d4a72c", "block_topk": "#54a24b",
+    "columns and blocks": "#2f6b4f", "k vertical_slash": "#7da7d9", "q vertical_slash": "#3a5ba0",
+    "q grid frame": "#c2607f", "2d vertical_slash": "#b279a2",
 }  # fmt: skip
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }

@@ -11,11 +11,14 @@ from mm_sglang.kernels.patterns.auto import Auto
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 from mm_sglang.kernels.patterns.block_topk import BlockTopK
 from mm_sglang.kernels.patterns.boundary import NAMES, Boundary
+from mm_sglang.kernels.patterns.column_blocks import ColumnBlocks
 from mm_sglang.kernels.patterns.dense import Dense, TextTail
 from mm_sglang.kernels.patterns.grid import Grid
 from mm_sglang.kernels.patterns.vertical_slash import VerticalSlash
 
-PATTERNS: dict[str, type[HeadPattern]] = {c.kind: c for c in (Dense, AShape, VerticalSlash, Grid, BlockTopK, Auto)}
+PATTERNS: dict[str, type[HeadPattern]] = {
+    c.kind: c for c in (Dense, AShape, VerticalSlash, Grid, BlockTopK, ColumnBlocks, Auto)
+}
 
 
 def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
@@ -57,6 +60,6 @@ def head_pattern(recipe: Mapping[str, Any]) -> HeadPattern:
 
 
 __all__ = [
-    "PATTERNS", "AShape", "Auto", "BlockTopK", "Boundary", "Dense", "Grid", "HeadPattern", "Selection", "TextTail",
-    "VerticalSlash", "View", "head_pattern",
+    "PATTERNS", "AShape", "Auto", "BlockTopK", "Boundary", "ColumnBlocks", "Dense", "Grid", "HeadPattern", "Selection",
+    "TextTail", "VerticalSlash", "View", "head_pattern",
 ]  # fmt: skip

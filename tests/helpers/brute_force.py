@@ -123,7 +123,7 @@ def kept(
         return Kept(sink=recipe.get("sink", 128), buckets=near)
     own = prompt.of(queries, prompt.prefix)
     everything = list(range(prompt.keys))
-    if kind == "vertical_slash":
+    if kind in ("vertical_slash", "column_blocks"):
         rows = own[-recipe.get("last_q", 64) :]
         column = sum((prompt.weights(f, rows, everything).mean(0) for f in friends), np.zeros(prompt.keys))
         allowed = prompt.of(keys)
@@ -131,6 +131,8 @@ def kept(
         sink = {i for i, n in enumerate(allowed) if n < recipe.get("sink", 30)}
         coverage = recipe.get("coverage")
         columns = {allowed[i] for i in best(column, recipe.get("columns", 1000), coverage, sink)}
+        if kind == "column_blocks":
+            return Kept(columns=columns, blocks={"sink": 0, "blocks": recipe["blocks"], "local": recipe["local"]})
         bucket = np.zeros(-(-prompt.keys // BUCKET))
         for row, weight in zip(rows, prompt.weights(head, rows, everything), strict=True):
             for n in range(row + 1):

@@ -27,6 +27,9 @@ SLASH: dict[str, Any] = {
 }
 FRAME: dict[str, Any] = {"pattern": "grid", "stride": "frame", "lines": 3, "sink": 4, "local": 20, "last_q": 64}
 BLOCKS: dict[str, Any] = {"pattern": "block_topk", "blocks": 3, "sink": 1, "local": 1}
+COLUMN_BLOCKS: dict[str, Any] = {
+    "pattern": "column_blocks", "columns": 150, "blocks": 2, "sink": 3, "local": 1, "last_q": 17,
+}  # fmt: skip
 PATTERNS: dict[str, dict[str, Any]] = {
     "dense": {"pattern": "dense"},
     "a_shape": {"pattern": "a_shape", "sink": 5, "local": 40},
@@ -39,10 +42,13 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "grid_auto": FRAME | {"stride": "auto", "text": False, "horizontal": False},
     "block_topk": BLOCKS,
     "block_topk_antidiagonal": BLOCKS | {"score": "antidiagonal", "coverage": 0.9},
+    "column_blocks": COLUMN_BLOCKS,
 }
 RECIPES: dict[str, dict[str, Any]] = PATTERNS | {
     "k_slash": SLASH | {"boundary": "k"},
     "k_blocks": BLOCKS | {"boundary": "k"},
+    "k_column_blocks": COLUMN_BLOCKS | {"boundary": "k"},
+    "q_column_blocks": COLUMN_BLOCKS | {"boundary": "q"},
     "q_slash": SLASH | {"boundary": "q"},
     "q_grid": FRAME | {"boundary": "q"},
     "q_dense": {"pattern": "dense", "boundary": "q"},

@@ -136,7 +136,9 @@ def test_a_text_prompt_has_neither_grids_nor_boundaries() -> None:
         choose(q, k, v, layout=layout, candidates=CANDIDATES[3:5], density=0.4, scale=0.4, engine=REFERENCE)
 
 
-@pytest.mark.parametrize("name", ["a_shape", "vertical_slash", "block_topk", "2d_slash", "grid_row_vertical"])
+@pytest.mark.parametrize(
+    "name", ["a_shape", "vertical_slash", "block_topk", "column_blocks", "2d_slash", "grid_row_vertical"]
+)
 def test_a_choice_costs_about_the_same_share_of_a_later_chunk(name: str) -> None:
     big = {"columns": 150, "slashes": 128, "local": 400, "sink": 0, "blocks": 3}
     recipe = {key: big.get(key, value) for key, value in RECIPES[name].items()}
