@@ -54,6 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = PATTERNS | {
     "q_dense": {"pattern": "dense", "boundary": "q"},
     "2d_a_shape": {"pattern": "a_shape", "sink": 30, "local": 40, "boundary": "2d"},
     "2d_slash": SLASH | {"boundary": "2d"},
+    "2d_column_blocks": COLUMN_BLOCKS | {"boundary": "2d"},
     "2d_mixed": {
         "boundary": "2d",
         "parts": {
