@@ -111,12 +111,13 @@ def _group(view: View, pattern: HeadPattern, parts: list[tuple[str | None, Selec
     if kept is None:
         kept = torch.zeros(keys, dtype=torch.bool, device=device)
     order, start, rank = view.ops.key_order(kept.expand(count, -1), by_class, len(parts) + 1, tiles)
+    means = _pooled(view, order) if any(chosen.rest for _, chosen in parts) else None
     segments, width = [Segment()], 0
     for s, (key_class, chosen) in enumerate(parts, 1):
         number = -(-_keys(view, key_class) // TILE)
         bands, blocks = chosen.bands, chosen.blocks
-        if chosen.rest is not None:
-            blocks = chosen.rest(_pooled(view, order, start[:, s], number))
+        if chosen.rest is not None and means is not None:
+            blocks = chosen.rest(_tiles_from(means, start[:, s], number))
         if bands is None and blocks is None:
             heads = count * len(view.heads[0])
             empty = torch.zeros(heads, 1, dtype=torch.int32, device=device)
@@ -136,14 +137,18 @@ def _keys(view: View, key_class: str | None) -> int:
     return view.keys if key_class is None else classes.count(view.layout, key_class, 0, view.keys)
 
 
-def _pooled(view: View, order: torch.Tensor, start: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Mean keys [R, tiles, D] of the segment that begins at slot `start` (int32 [R]) of a key order.
+def _pooled(view: View, order: torch.Tensor) -> torch.Tensor:
+    """Mean keys [R, Mk, D] of the tiles of a key order."""
+    heads = tuple((head,) for head in view.kv_head)
+    means: torch.Tensor = view.ops.pool(view.k, order, view.slots, heads, 1, True, 0, view.keys)
+    return means
+
+
+def _tiles_from(means: torch.Tensor, start: torch.Tensor, tiles: int) -> torch.Tensor:
+    """[R, tiles, D] of the segment that begins at slot `start` (int32 [R]).
 
     A segment may be shorter than `tiles`; what follows it then is nobody's to see.
     """
-    means: torch.Tensor = view.ops.pool(
-        view.k, order, view.slots, tuple((head,) for head in view.kv_head), 1, True, 0, view.keys
-    )
     at = start.long()[:, None] // TILE + torch.arange(tiles, device=start.device)
     return means.gather(1, at.clamp(max=means.shape[1] - 1)[..., None].expand(-1, -1, means.shape[2]))
 

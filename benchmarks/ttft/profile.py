@@ -45,13 +45,11 @@ def by_stage(events: list[dict[str, Any]]) -> dict[str, Any]:
     for _, length, name, _ in found:
         stages[stage_of(name)] = stages.get(stage_of(name), 0.0) + length / 1e6
         kernels[name[:120]] = kernels.get(name[:120], 0.0) + length / 1e6
-    first, last = found[0][0], max(start + length for start, length, _, _ in found)
-    busy = _covered(found)
+    waits, seconds, busy = _waits(found), _span(found), _covered(found)
     alone = busy - _covered([kernel for kernel in found if stage_of(kernel[2]) != GATHER])
     largest = sorted(kernels.items(), key=lambda kernel: -kernel[1])[:40]
     return {
-        "seconds": (last - first) / 1e6, "idle": (last - first - busy) / 1e6, "exposed_exchange": alone / 1e6,
-        "waits": _waits(found)[:WAITS],
+        "seconds": seconds, "idle": seconds - busy, "exposed_exchange": alone, "waits": waits[:WAITS],
         "launches": len(found), "stages": dict(sorted(stages.items(), key=lambda stage: -stage[1])),
         "largest": dict(largest),
     }  # fmt: skip
@@ -66,18 +64,20 @@ def _kernels(events: list[dict[str, Any]]) -> list[tuple[float, float, str, str]
     )
 
 
+def _span(kernels: list[tuple[float, float, str, str]]) -> float:
+    """Seconds from the first one's start to the last one's end."""
+    ends = (start + length for start, length, _, _ in kernels)
+    return (max(ends) - kernels[0][0]) / 1e6 if kernels else 0.0
+
+
 def _covered(kernels: list[tuple[float, float, str, str]]) -> float:
-    """Microseconds in which at least one of them runs."""
-    total, until = 0.0, float("-inf")
-    for start, length, _, _ in kernels:
-        total += max(0.0, start + length - max(start, until))
-        until = max(until, start + length)
-    return total
+    """Seconds in which at least one of them runs."""
+    return _span(kernels) - sum(wait[1] for wait in _waits(kernels))
 
 
 def _waits(kernels: list[tuple[float, float, str, str]]) -> list[tuple[float, float, str, str]]:
     """Times in which none of them runs, longest first."""
-    begin, _, before, _ = kernels[0]
+    begin, _, before, _ = kernels[0] if kernels else (0.0, 0.0, "", "")
     until, out = begin, []
     for start, length, name, _ in kernels:
         if start > until:

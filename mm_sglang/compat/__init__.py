@@ -15,3 +15,12 @@ def require_supported_sglang() -> str:
             f"sglang {found}: mm_sglang needs one of {SUPPORTED_SGLANG} (its hooks are tested for these only)"
         )
     return found
+
+
+def mm_sparse_prefills() -> bool:
+    """Whether this process's server was started with --attention-backend mm_sparse."""
+    from sglang.srt.runtime_context import attention_backends
+
+    from mm_sglang.plugin import BACKEND
+
+    return bool(attention_backends()[0] == BACKEND)

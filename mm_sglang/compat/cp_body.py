@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from mm_sglang.compat import mm_sparse_prefills
+
 
 def _alone() -> AbstractContextManager[Any]:
     """SGLang's parallel state, for what is inside, as on a single rank."""
@@ -31,12 +33,10 @@ def _alone() -> AbstractContextManager[Any]:
 
 
 def _wanted() -> bool:
-    from sglang.srt.runtime_context import attention_backends, get_parallel
-
-    from mm_sglang.plugin import BACKEND
+    from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
-    return bool(parallel.attn_cp_size > 1 and parallel.enable_prefill_cp and attention_backends()[0] == BACKEND)
+    return bool(parallel.attn_cp_size > 1 and parallel.enable_prefill_cp and mm_sparse_prefills())
 
 
 def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from mm_sglang.compat import mm_sparse_prefills
+
 
 def _extend(original: Callable[..., None], self: Any, model_runner: Any, batch: Any) -> None:
-    from sglang.srt.runtime_context import attention_backends
-
     from mm_sglang.kernels.layout import upload
-    from mm_sglang.plugin import BACKEND
 
-    if attention_backends()[0] != BACKEND:
+    if not mm_sparse_prefills():
         return original(self, model_runner, batch)
     original(self, SimpleNamespace(device="cpu"), batch)  # it reads nothing else of the runner
     self.mrope_positions = upload(self.mrope_positions, model_runner.device)
