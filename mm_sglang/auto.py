@@ -1,7 +1,7 @@
 """`auto` heads in a server: what each chose, for as long as its request is prefilled.
 
 A choice costs time once a layer: at a request's first sparse chunk, and again when its keys have grown fourfold. It
-plans eight candidates up to three times, mostly once past a request's first layer, attends 8 tiles of queries for
+plans nine candidates up to three times, mostly once past a request's first layer, attends 8 tiles of queries for
 each, and waits for the device up to four times; at any other chunk the choice is scaled to the chunk's size and nothing
 waits.
 """
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 CANDIDATES = tuple(
     head_pattern(FAMILIES[name])
     for name in (
-        "a_shape", "vertical_slash", "columns", "grid frame", "grid row", "block_topk", "q vertical_slash",
-        "2d vertical_slash",
+        "a_shape", "vertical_slash", "columns", "grid frame", "grid row", "block_topk", "columns and blocks",
+        "q vertical_slash", "2d vertical_slash",
     )
 )  # fmt: skip
 GROWTH = 4  # keys over those of the last choice at which heads choose again

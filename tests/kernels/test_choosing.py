@@ -59,7 +59,7 @@ def planted_choice(kind: str, density: float) -> tuple[Any, tuple[Any, ...]]:
 
 
 # A grid and the anchors of a boundary are columns too, once the prompt is there: any of those that hold them is right.
-FIXED = {"vertical_slash", "grid", "boundary q", "boundary 2d"}
+FIXED = {"vertical_slash", "column_blocks", "grid", "boundary q", "boundary 2d"}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ FIXED = {"vertical_slash", "grid", "boundary q", "boundary 2d"}
     [
         ("blocks", 0.2, {"block_topk"}, 0.6),
         ("slashes", 0.3, {"vertical_slash"}, 0.9),
-        ("columns", 0.15, {"vertical_slash"}, 0.9),
+        ("columns", 0.15, {"vertical_slash", "column_blocks"}, 0.9),
         ("grid", 0.15, FIXED, 0.9),
         ("boundary", 0.15, FIXED, 0.9),
     ],
@@ -131,7 +131,7 @@ def test_a_text_prompt_has_neither_grids_nor_boundaries() -> None:
     q, k, v = tensors(0, 900)
     layout = TokenLayout(items=(), length=900)
     chosen = choose(q, k, v, layout=layout, candidates=CANDIDATES, density=0.4, scale=0.4, engine=REFERENCE)
-    assert {family(p) for p in chosen.recipes} <= {"a_shape", "vertical_slash", "block_topk"}
+    assert {family(p) for p in chosen.recipes} <= {"a_shape", "vertical_slash", "block_topk", "column_blocks"}
     with pytest.raises(ValueError, match="needs at least one for this layout"):
         choose(q, k, v, layout=layout, candidates=CANDIDATES[3:5], density=0.4, scale=0.4, engine=REFERENCE)
 
