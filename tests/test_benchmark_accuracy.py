@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks.accuracy import __main__ as accuracy
-from benchmarks.accuracy import searching
+from benchmarks.accuracy import ceiling, searching
 from benchmarks.accuracy import session as sessions
+from benchmarks.accuracy.ceiling import ceilings
 from benchmarks.accuracy.methods import FILES, METHODS, RIVALS, SEARCHED, Layer, balance, rival, searched
 from benchmarks.accuracy.patterns import Fixed, Strided, TriShape
 from benchmarks.accuracy.report import heat_maps, shared, table
@@ -19,13 +21,16 @@ from benchmarks.accuracy.student import Prompt, Student
 from benchmarks.tiny_model.config import Sizes
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.model import export, new_model
-from benchmarks.tiny_model.tasks import make_sample
+from benchmarks.tiny_model.tasks import TASKS, make_sample
 from mm_sglang.config import SparseConfig
-from mm_sglang.kernels.inspection import attended
+from mm_sglang.kernels import inspection
+from mm_sglang.kernels.engines import engine
+from mm_sglang.kernels.inspection import attended, recall
 from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
 from mm_sglang.kernels.ops import reference_ops
-from mm_sglang.kernels.patterns import AShape, HeadPattern
-from mm_sglang.kernels.prefill import make_plan
+from mm_sglang.kernels.patterns import AShape, BlockTopK, HeadPattern
+from mm_sglang.kernels.plan import TILE
+from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 from mm_sglang.search import bounded
 
 HEADS = 4
@@ -198,7 +203,7 @@ def test_searched_patterns_do_not_depend_on_the_tasks_and_are_shared(
     shared_too = ("--searched", str(held), "--methods", "searched")
     assert run(folder, first, "--tasks", "order", *shared_too) == 0
     told = SparseConfig.from_yaml(held / "searched-1200.yaml").provenance
-    assert [name.split()[0] for name in told["videos"]] == list(searching.TASKS)
+    assert [name.split()[0] for name in told["videos"]] == list(TASKS)
     (held / "searched_no_grid-1200.yaml").unlink()  # not needed for what follows
 
     def never(*_: Any, **__: Any) -> None:
@@ -302,3 +307,38 @@ def test_bad_input_is_one_line_and_exit_code_2(
         accuracy.main([str(folder) if a == "MODEL" else a for a in arguments])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1
+
+
+def test_no_recipe_holds_more_than_the_ceiling_and_the_heaviest_tiles_hold_just_it() -> None:
+    length, density, scale = 1500, 0.3, 0.6
+    q, k = torch.randn(length, HEADS, 16), torch.randn(length, 2, 16)
+    tiles, keys = ceilings(q, k, scale, density, tiles=1000)
+    layout, number = TokenLayout(items=(), length=length), -(-length // TILE)
+    for pattern in (BlockTopK(blocks=4, sink=0, local=128), AShape(sink=128, local=300)):
+        _, lse, plan = sparse_prefill(
+            q, k, k, layout=layout, patterns=[pattern] * HEADS, scale=scale, engine=engine("reference")
+        )
+        exact = reference_ops().row_lse(q, k, None, torch.arange(length, dtype=torch.int32), 0, scale)
+        most, _ = ceilings(q, k, scale, inspection.density(plan) + 1e-9, tiles=1000)
+        assert recall(lse.T, exact).mean() <= most + 1e-6 < 1
+    logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * scale
+    weight = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(2)
+    padded = torch.nn.functional.pad(weight, (0, -length % TILE, 0, -length % TILE))
+    mass = padded.view(HEADS, number, TILE, number, TILE).sum((2, 4))
+    causal = mass[:, torch.ones(number, number).tril().bool()].flatten().sort(descending=True).values
+    assert tiles == pytest.approx(float(causal[: int(density * len(causal))].sum()) / (HEADS * length), rel=1e-5)
+    best = [weight[:, n, : n + 1].topk(math.ceil((n + 1) * density - 1e-9), dim=1).values.sum() for n in range(length)]
+    assert keys == pytest.approx(float(sum(best)) / (HEADS * length), rel=1e-5)
+
+
+def test_ceiling_writes_a_row_a_prompt_and_refuses_bad_input(folder: Path, tmp_path: Path) -> None:
+    given = [str(folder), "--lengths", "1000", "--tasks", "v_niah", "--out", str(tmp_path / "c.json")]
+    assert ceiling.main(given) == 0
+    (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert 0.1 < row["tiles"] < row["keys"] < 1 and len(row["layers"]) == 2
+    for bad, named in ((["--density", "0"], "--density 0"), (["--lengths", "8"], "--lengths 8")):
+        with pytest.raises(SystemExit) as stopped:
+            ceiling.main([*given, *bad])
+        assert stopped.value.code == 2, named
+    with pytest.raises(SystemExit):
+        ceiling.main([str(tmp_path)])

@@ -100,7 +100,7 @@ def cell(*errors: float, cost: float = 0.1) -> dict[str, Any]:
     """Two samples: the second has other budgets."""
     recipe = head_pattern(FAMILIES["a_shape"])
     recipes = [recipe.to_dict(), recipe.scaled(2.0).to_dict()]
-    return {"sums": [[2 * e * e, 2.0, 2 * cost] for e in errors], "recipes": recipes}
+    return {"sums": [[2 * e * e, 2 * cost] for e in errors], "recipes": recipes}
 
 
 def test_the_least_error_wins_among_those_that_keep_to_the_cost() -> None:
@@ -109,6 +109,20 @@ def test_the_least_error_wins_among_those_that_keep_to_the_cost() -> None:
     dear = {"0": {"a_shape": cell(0.5, 0.1, cost=0.4), "grid row": cell(0.0, 0.0, cost=0.3)}}
     assert choose(dear, 2, 0.1, 0)[0][0][0] == "grid row"
     assert too_dear(cells, 0.1) == ["grid row"] and too_dear(dear, 0.1) == ["a_shape"] and not too_dear(cells, 0.3)
+
+
+def test_a_prompt_of_large_outputs_counts_as_much_as_any_other(tmp_path: Path) -> None:
+    """Two prompts, the same but for the values of the second: each says the same of the families."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(700, heads, 16, generator=generator) for heads in (4, 2, 2))
+    layout = TokenLayout(items=(), length=700)
+    cells = [
+        run.layer_scores(q, k, own, 0.5, layout, 0.5, engine("reference"), ["a_shape", "block_topk"])[0]
+        for own in (v, 1000 * v)
+    ]
+    for family, heads in cells[0].items():
+        assert torch.tensor(heads).allclose(torch.tensor(cells[1][family]), rtol=1e-4)
+        assert all(0 < error < 1 for error, _ in heads)
 
 
 def test_budgets_are_those_of_the_longest_sample(tmp_path: Path) -> None:

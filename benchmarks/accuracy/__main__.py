@@ -12,7 +12,7 @@ CUDA_VISIBLE_DEVICES=1 python -m benchmarks.accuracy FOLDER --searched S --out B
 python -m benchmarks.accuracy FOLDER --searched S --out C --lengths 262144 --samples 1 --methods searched auto tri_shape
 python -m benchmarks.accuracy --merge A B C                      one record, to benchmarks/results/<gpu>/accuracy
 
-Searched patterns come from training prompts of three tasks whatever --tasks says (searching.py). The record says which
+Searched patterns come from a training prompt of each task whatever --tasks says (searching.py). The record says which
 commands made it, and has the searched settings beside it.
 """
 
@@ -98,9 +98,7 @@ def _measure(options: argparse.Namespace, began: float) -> int:
     about["versions"]["transformers"] = importlib.metadata.version("transformers")
     out = options.out or results_of(about) / "accuracy"
     at = " and ".join(f"{n} tokens" for n in searching.searched_at(options.lengths))
-    about["searched"] = (
-        f"one search on a training prompt each of {', '.join(searching.TASKS)} at {at}, the nearest serves"
-    )
+    about["searched"] = f"one search on a training prompt of each task at {at}, the nearest serves"
     if options.config is not None:
         about["searched"] = options.config.name
     what = {

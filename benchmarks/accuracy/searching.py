@@ -1,7 +1,8 @@
 """The searched settings of a run: made once in a folder that several processes may share, on prompts fixed beforehand.
 
-The prompts are what a user would have: some videos and mixed prompts of another split, whatever is asked of the model
-later. With --tasks' own prompts each process of a run would have searched patterns for its own task.
+A prompt of each kind of question, of another split: what its heads do differs more from one kind of question to
+another than from prompt to prompt, and three kinds gave blocks to heads that lose two others' answers by them. All
+kinds whatever --tasks says, or each process of a run would search patterns for its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.methods import FILES, WITHOUT
+from benchmarks.tiny_model.tasks import TASKS
 from mm_sglang.config import SparseConfig
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.model_hash import require_same_model
@@ -27,7 +29,6 @@ from mm_sglang.search.capture import Captured
 from mm_sglang.search.run import search_prompts
 
 AT = (1 << 15, 1 << 17)  # tokens; a length is served by the search nearest to it
-TASKS = ("v_niah", "mm_niah", "tracking")
 SEED = 1 << 20  # of the training split; budgets are found with seeds behind it
 # task, tokens, seed -> inputs of Captured.run and their layout
 Question = Callable[[str, int, int], tuple[Mapping[str, torch.Tensor], TokenLayout]]

@@ -32,6 +32,7 @@ from mm_sglang.search.videos import LEAST_TOKENS, content_of, require_length
 from mm_sglang.settings_file import write_settings
 
 EVERY = tuple(FAMILIES)
+OBJECTIVE = "squared error of the output over its own, mean over prompts"
 Prompt = Callable[
     [], tuple[Mapping[str, torch.Tensor], TokenLayout]
 ]  # made when its turn comes; inputs as Captured.run
@@ -89,7 +90,7 @@ def search_prompts(
     _check(target, families)
     what = {
         "model_hash": model_hash(held.folder), "videos": list(prompts), "density": target, "families": list(families),
-        "text_tail": TEXT_TAIL, "limits": dict(limits or {}),
+        "text_tail": TEXT_TAIL, "limits": dict(limits or {}), "objective": OBJECTIVE,
     }  # fmt: skip
     scores = Scores(out.with_name(out.name + ".partial"), what)
     engine = choose_engine("auto", held.device)
@@ -102,7 +103,7 @@ def search_prompts(
         tqdm.write(f"{said} {target:.0%} at their least: longer videos, or more --density, leave more to choose from")
     told = {
         **what, "tokens": scores.values["tokens"], "model": Path(held.folder).name, "too_dear": dear,
-        "budgets": f"of {name}, the longest, as are all figures; families by the error over all",
+        "budgets": f"of {name}, the longest, as are all figures; families by the error over all prompts",
     }  # fmt: skip
     allowed = {out: list(families), **(fewer or {})}
     choices = {
@@ -189,11 +190,11 @@ def layer_scores(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: TokenLayout, target: float, engine: Any,
     families: Sequence[str] = EVERY,
 ) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:  # fmt: skip
-    """Each family at the target density: (squared error, squared norm, density) by head, and its recipe."""
+    """Each family at the target density: (squared error over the output's, density) by head, and its recipe."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     heads = q.shape[1]
     exact = Exact(q, k, v, scale, engine.ops())
-    norm = exact.norm().tolist()
+    norm = exact.norm().clamp(min=1e-30)
     cells: dict[str, list[list[float]]] = {}
     recipes: dict[str, Any] = {}
     for family in families:
@@ -201,8 +202,7 @@ def layer_scores(
         out, _, plan = sparse_prefill(
             q, k, v, layout=layout, patterns=[pattern] * heads, scale=scale, engine=engine, tail=TEXT_TAIL
         )
-        cells[family] = [
-            list(cell) for cell in zip(exact.error(out).tolist(), norm, density_by_head(plan), strict=True)
-        ]
+        error = (exact.error(out) / norm).tolist()
+        cells[family] = [list(cell) for cell in zip(error, density_by_head(plan), strict=True)]
         recipes[family] = pattern.to_dict()
     return cells, recipes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ class Scores:
         return [sample, layer] in self.values["done"]
 
     def add(self, sample: int, layer: int, cells: dict[str, list[list[float]]], recipes: dict[str, Any]) -> None:
-        """cells: family -> [H] of (squared error, squared norm, density)."""
+        """cells: family -> [H] of (squared error over the output's, density), so that prompts count alike."""
         entry = self.values["cells"].setdefault(str(layer), {})
         for family, heads in cells.items():
             held = entry.setdefault(family, {"sums": [[0.0] * len(head) for head in heads], "recipes": []})
@@ -65,7 +64,7 @@ class Scores:
 def affordable(entry: Mapping[str, Any], target: float) -> list[str]:
     """Families of a layer that kept to the target on average; if their fixed parts let none, the cheapest one."""
     cost = {
-        f: sum(cell[2] for cell in held["sums"]) / len(held["sums"]) / len(held["recipes"]) for f, held in entry.items()
+        f: sum(cell[1] for cell in held["sums"]) / len(held["sums"]) / len(held["recipes"]) for f, held in entry.items()
     }
     kept = [f for f, value in cost.items() if value <= SLACK * target]
     return kept or [min(cost, key=lambda f: cost[f])]
@@ -78,15 +77,14 @@ def too_dear(cells: Cells, target: float) -> list[str]:
 
 
 def choose(cells: Cells, heads: int, target: float, sample: int) -> Chosen:
-    """Each head's family of least output error over all samples, with its recipe for one of them."""
+    """Each head's family of least squared error in the mean over samples, with its recipe for one of them."""
     layers: Chosen = {}
     for layer in sorted(cells, key=int):
         entry = cells[layer]
         families = affordable(entry, target)
         own = []
         for head in range(heads):
-            sums = {f: entry[f]["sums"][head] for f in families}
-            error = {f: math.sqrt(sums[f][0] / max(sums[f][1], 1e-30)) for f in families}
+            error = {f: entry[f]["sums"][head][0] for f in families}
             best = min(error, key=lambda f: error[f])
             own.append((best, entry[best]["recipes"][sample]))
         layers[int(layer)] = own
