@@ -46,6 +46,12 @@ def count(layout: TokenLayout, name: str, first: int, last: int) -> int:
     return _once(layout, ("count", name, first, last), lambda: sum(b - a for a, b in spans(layout, name, first, last)))
 
 
+def commonest_first(layout: TokenLayout, first: int) -> tuple[str, ...]:
+    """The classes that positions from `first` on have, known to the host."""
+    number = {name: count(layout, name, first, layout.length) for name in CLASSES}
+    return tuple(sorted((name for name in CLASSES if number[name]), key=lambda name: -number[name]))
+
+
 def positions(layout: TokenLayout, name: str, first: int, last: int) -> torch.Tensor:
     """int32 [count] positions of a class inside [first, last), ascending."""
 

@@ -30,9 +30,10 @@ def groups_of(
     """Groups of the heads whose recipe is `pattern`, in the order in which an engine must run them."""
     heads, kv_head = _heads([own == pattern for own in patterns], len(patterns) // k.shape[1])
     view = View(ops=ops, q=q, k=k, slots=slots, scale=scale, layout=layout, heads=heads, kv_head=kv_head, team=team)
-    present = [c for c in pattern.query_classes if c is None or _rows(view, c)]
     # The commoner class runs in place, over all rows; the other's rows are gathered and overwrite theirs.
-    present.sort(key=lambda c: -_rows(view, c) if c else 0)
+    present = pattern.query_classes
+    if None not in present:
+        present = classes.commonest_first(layout, view.prefix)
     for turn, query_class in enumerate(present):
         own = replace(view, query_class=query_class, masses={})
         if turn:
@@ -80,10 +81,6 @@ def _heads(chosen: Sequence[bool], ratio: int) -> tuple[tuple[tuple[int, ...], .
             rows.setdefault(head // ratio, []).append(head)
     g = max(len(row) for row in rows.values())
     return tuple(tuple(row + [-1] * (g - len(row))) for row in rows.values()), tuple(rows)
-
-
-def _rows(view: View, query_class: str) -> int:
-    return classes.count(view.layout, query_class, view.prefix, view.keys)
 
 
 def _group(view: View, pattern: HeadPattern, parts: list[tuple[str | None, Selection]]) -> HeadGroup:

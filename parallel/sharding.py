@@ -8,7 +8,6 @@ Legend: N ranks, M blocks of a chunk, T rows of the batch, W rows of the fullest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,12 +111,6 @@ class Sharding:
         out = torch.empty(len(self.row_owner) + 1, dtype=torch.int64)
         out[order] = torch.arange(len(order))
         return out[:-1]
-
-
-def tail(lengths: Sequence[int], last: Sequence[int]) -> torch.Tensor:
-    """bool [T]: the last `last[i]` rows of chunk i."""
-    parts = [torch.arange(n) >= n - min(k, n) for n, k in zip(lengths, last, strict=True)]
-    return torch.cat(parts)
 
 
 def turns(tiles: int, rank: int, size: int) -> tuple[int, ...]:

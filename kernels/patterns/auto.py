@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
+from mm_sglang.kernels.patterns.base import HeadPattern, Looked, Selection, View
 from mm_sglang.kernels.plan import TILE
 
 
@@ -43,8 +43,8 @@ class Auto(HeadPattern):
         keys = None if self.keys is None else max(TILE, round(self.keys * factor))
         return replace(self, density=min(0.99, self.density * factor), keys=keys)
 
-    def looks_at(self, layout: TokenLayout) -> None:
-        return None  # a choice samples tiles all over the chunk
+    def looks_at(self, layout: TokenLayout, queries: int) -> Looked:
+        return ((None, None),)  # a choice samples tiles all over the chunk
 
     def select(self, view: View) -> Selection:
         raise ValueError("auto: has to be chosen before it is planned: needs kernels.choosing.choose")

@@ -115,6 +115,10 @@ class Selection:
     rows_most: int = 0
 
 
+# (class, number): of a chunk's queries of that class (None: of any) the last so many (None: all).
+Looked = tuple[tuple[str | None, int | None], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadPattern:
     """Base of the recipes; subclasses add budgets (in tokens) and `select`.
@@ -140,12 +144,12 @@ class HeadPattern:
         """(key class, recipe) pairs for queries of a class; most recipes know no classes."""
         return ((None, self),)
 
-    def looks_at(self, layout: TokenLayout) -> int | None:
-        """How many of the chunk's last queries `select` reads, beside each tile's own for its own; None: any of them.
+    def looks_at(self, layout: TokenLayout, queries: int) -> Looked:
+        """Queries that are read beside each tile's own for its own: by `select`, or as rows that are gathered.
 
-        Whoever holds a part of the queries has to fetch these before planning.
+        Whoever holds a part of a chunk's `queries`, the layout's last ones, has to fetch these before planning.
         """
-        return 0
+        return ()
 
     @property
     def query_classes(self) -> tuple[str | None, ...]:
@@ -154,13 +158,6 @@ class HeadPattern:
 
     def to_dict(self) -> dict[str, Any]:
         return {"pattern": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def most_looked_at(patterns: Iterable[HeadPattern], layout: TokenLayout) -> int | None:
-    """`HeadPattern.looks_at` for all of them together."""
-    numbers = [pattern.looks_at(layout) for pattern in patterns]
-    known = [number for number in numbers if number is not None]
-    return max(known, default=0) if len(known) == len(numbers) else None
 
 
 def require_at_least(pattern: HeadPattern, minimum: int, *names: str) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.classes import CLASSES
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.auto import Auto
-from mm_sglang.kernels.patterns.base import HeadPattern, most_looked_at
+from mm_sglang.kernels.patterns.base import HeadPattern, Looked
 from mm_sglang.kernels.patterns.grid import Grid
 
 NAMES = {
@@ -60,8 +61,17 @@ class Boundary(HeadPattern):
     def scaled(self, factor: float) -> Boundary:
         return replace(self, recipes=tuple((name, recipe.scaled(factor)) for name, recipe in self.recipes))
 
-    def looks_at(self, layout: TokenLayout) -> int | None:
-        return most_looked_at((recipe for _, recipe in self.recipes), layout) if self.boundary == "k" else None
+    def looks_at(self, layout: TokenLayout, queries: int) -> Looked:
+        if self.boundary == "k":
+            return tuple(own for _, recipe in self.recipes for own in recipe.looks_at(layout, queries))
+        looked: list[tuple[str | None, int | None]] = []
+        present = classes.commonest_first(layout, layout.length - queries)
+        for turn, query_class in enumerate(present):
+            parts = [recipe.looks_at(layout, queries) for _, recipe in self.parts(query_class)]
+            looked += [(query_class, n) for own in parts for name, n in own if name in (None, query_class)]
+            if turn:  # the rarer class's rows are gathered
+                looked.append((query_class, None))
+        return tuple(looked)
 
     @property
     def query_classes(self) -> tuple[str | None, ...]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least
+from mm_sglang.kernels.patterns.base import HeadPattern, Looked, Selection, View, require_at_least
 from mm_sglang.kernels.plan import TILE, Blocks
 
 
@@ -40,8 +40,8 @@ class ColumnBlocks(HeadPattern):
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "columns", "blocks", "local", "last_q")
 
-    def looks_at(self, layout: TokenLayout) -> int:
-        return self.last_q
+    def looks_at(self, layout: TokenLayout, queries: int) -> Looked:
+        return ((None, self.last_q),)
 
     def select(self, view: View) -> Selection:
         mass, _ = view.mass(self.last_q)

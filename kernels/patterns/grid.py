@@ -12,7 +12,7 @@ from mm_sglang.kernels.classes import Lines, Stride
 from mm_sglang.kernels.estimate.reference import FIXED_POINT
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.a_shape import nearest
-from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_flag
+from mm_sglang.kernels.patterns.base import HeadPattern, Looked, Selection, View, require_at_least, require_flag
 
 STRIDES = {
     "frame": (Stride(unit="frame"),),
@@ -66,8 +66,9 @@ class Grid(HeadPattern):
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "lines", "local", "last_q")
 
-    def looks_at(self, layout: TokenLayout) -> int | None:
-        return None if self.horizontal or self.text else self._sampled(layout)  # whole rows are gathered queries
+    def looks_at(self, layout: TokenLayout, queries: int) -> Looked:
+        whole = [name for name, rows in (("vision", self.horizontal), ("text", self.text)) if rows]
+        return ((None, self._sampled(layout)), *((name, None) for name in whole))  # whole rows are gathered queries
 
     def _sampled(self, layout: TokenLayout) -> int:
         frame = max((item.frame_tokens for item in classes.begun(layout)), default=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_coverage
+from mm_sglang.kernels.patterns.base import HeadPattern, Looked, Selection, View, require_at_least, require_coverage
 from mm_sglang.kernels.plan import BUCKET
 
 
@@ -42,8 +42,8 @@ class VerticalSlash(HeadPattern):
         require_at_least(self, 1, "columns", "slashes", "local", "last_q")
         require_coverage(self, self.coverage)
 
-    def looks_at(self, layout: TokenLayout) -> int:
-        return self.last_q
+    def looks_at(self, layout: TokenLayout, queries: int) -> Looked:
+        return ((None, self.last_q),)
 
     def select(self, view: View) -> Selection:
         columns, diagonals = view.mass(self.last_q)

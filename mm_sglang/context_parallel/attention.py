@@ -4,7 +4,7 @@ All ranks make the same whole plan of each chunk, from the same keys and the sam
 dear in it, the masses over all keys (kernels/share.py); each runs the query tiles that it owns. That makes plan and
 output independent of the number of ranks. Queries that a recipe gathers (a grid's whole rows,
 the rarer class of a q or 2d boundary) form tiles of rows of many owners: those tiles go round the ranks in turn and
-their output is gathered, which costs all queries of those heads and the output of those tiles, in bytes moved.
+their output is gathered, which costs those queries (queries.py) and the output of those tiles, in bytes moved.
 
 Legend: N ranks, T rows of the batch, W rows of a rank filled up, H and Hkv heads, D head dimension, P rows of the pool.
 """
@@ -18,12 +18,12 @@ import torch
 
 from mm_sglang.batches import SparseChunk
 from mm_sglang.context_parallel.collectives import Ranks
-from mm_sglang.kernels import classes
+from mm_sglang.context_parallel.queries import Needed, pieces, wanted
 from mm_sglang.kernels.layout import upload
 from mm_sglang.kernels.patterns import HeadPattern
 from mm_sglang.kernels.plan import TILE, HeadGroup, device_ints, head_numbers
 from mm_sglang.kernels.share import some_tiles
-from mm_sglang.parallel.sharding import Sharding, tail, turns
+from mm_sglang.parallel.sharding import Sharding, turns
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,7 +43,7 @@ class SharedBatch:
     rows: torch.Tensor
     slots: torch.Tensor
     tail: int
-    _fetches: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _fetches: dict[Needed, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -87,8 +87,8 @@ class SharedBatch:
             gather of keys.
         """
         waiting = []
-        for heads, need in self._needs(recipes):
-            send, place = self._fetch(need, q.device)
+        for heads, needed in pieces(recipes, self.chunks, self.sharding.lengths, self.tail):
+            send, place = self._fetch(needed, q.device)
             at = device_ints(heads, q.device).long()
             waiting.append((place, at, self.ranks.gather(q.index_select(0, send).index_select(1, at))))
 
@@ -101,37 +101,17 @@ class SharedBatch:
 
         return finish
 
-    def _needs(self, recipes: Sequence[Sequence[HeadPattern]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(heads, last rows of each chunk): in one piece those of which any row is wanted, in another all others."""
-        known = [{p: self._looks_at(p, c, n) for p in set(r)}
-                 for r, c, n in zip(recipes, self.chunks, self.sharding.lengths, strict=True)]  # fmt: skip
-        looked = [[k[p] for k, p in zip(known, own, strict=True)] for own in zip(*recipes, strict=True)]  # [H][chunks]
-        out = []
-        for any_row in (False, True):
-            heads = tuple(head for head, own in enumerate(looked) if (None in own) == any_row)
-            need = tuple(
-                max((n if looked[head][c] is None else min(looked[head][c] or 0, n) for head in heads), default=0)
-                for c, n in enumerate(self.sharding.lengths)
-            )
-            if any(need):
-                out.append((heads, need))
-        return out
-
-    def _looks_at(self, pattern: HeadPattern, chunk: SparseChunk, queries: int) -> int | None:
-        """`HeadPattern.looks_at`, or the queries of the text's tail, whose tile any rank may run."""
-        own = pattern.looks_at(chunk.layout)
-        return None if own is None else max(own, classes.tail(chunk.layout, queries, self.tail))
-
-    def _fetch(self, need: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fetch(self, needed: Needed, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of q that this rank sends, and where the gathered ones belong (T: nowhere); kept for all layers."""
-        if need not in self._fetches:
-            sharding, wanted = self.sharding, tail(self.sharding.lengths, need)
-            width = max(int(wanted[sharding.rows(rank)].sum()) for rank in range(self.ranks.size))
+        if needed not in self._fetches:
+            sharding = self.sharding
+            rows = wanted(needed, self.chunks, sharding.lengths)
+            width = max(int(rows[sharding.rows(rank)].sum()) for rank in range(self.ranks.size))
             send = torch.zeros(width, dtype=torch.int64)
-            own = torch.where(wanted[sharding.rows(self.ranks.rank)])[0]
+            own = torch.where(rows[sharding.rows(self.ranks.rank)])[0]
             send[: len(own)] = own
-            self._fetches[need] = upload(send, device), upload(sharding.gathered(width, wanted), device)
-        return self._fetches[need]
+            self._fetches[needed] = upload(send, device), upload(sharding.gathered(width, rows), device)
+        return self._fetches[needed]
 
     def local(self, out: torch.Tensor) -> torch.Tensor:
         """This rank's rows of [T + 1, H, D], filled up with zeros to [W, H, D]."""

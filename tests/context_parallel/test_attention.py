@@ -16,6 +16,8 @@ from recipes import ITEMS, RECIPES
 from mm_sglang.batches import SparseChunk
 from mm_sglang.context_parallel.attention import ChunkShare, SharedBatch
 from mm_sglang.context_parallel.collectives import Ranks
+from mm_sglang.context_parallel.queries import pieces, wanted
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import tiles_by_head
 from mm_sglang.kernels.layout import TokenLayout
@@ -239,9 +241,28 @@ def test_of_the_queries_only_heads_that_are_looked_at_travel() -> None:
     names = ["grid_frame", "grid_frame", "block_topk", "vertical_slash", "vertical_slash", "grid_frame"]
     patterns = [head_pattern(RECIPES[name]) for name in names]
     batch, new = prompts([(0, 1000), (300, 7)], patterns)
-    sharding = Sharding(lengths=(1000, 7), size=2, kind="stripe")
-    ranks = Ranks(rank=0, size=2, group=None, cpu_group=None)
-    shared = SharedBatch.of(ranks, sharding, 640, [p.chunk for p in batch], new)
-    assert shared._needs([patterns] * 2) == [((2, 3, 4), (17, 7)), ((0, 1, 5), (1000, 7))]
-    assert shared._needs([[head_pattern(RECIPES["block_topk"])] * 6] * 2) == []
+    chunks = [p.chunk for p in batch]
+    few, (heads, whole) = pieces([patterns] * 2, chunks, (1000, 7), 0)
+    assert few == ((2, 3, 4), (((None, 17),), ((None, 17),)))
+    assert heads == (0, 1, 5) and {("text", None), ("vision", None)} < set(whole[0])
+    assert wanted(few[1], chunks, (1000, 7)).nonzero()[:, 0].tolist() == list(range(983, 1007))
+    assert wanted(whole, chunks, (1000, 7)).all()
+    assert pieces([[head_pattern(RECIPES["block_topk"])] * 6] * 2, chunks, (1000, 7), 0) == []
+    assert torch.equal(together(batch, new, 2, "stripe")[0], alone(batch)[0])
+
+
+@pytest.mark.parametrize("name", ["q_slash", "2d_slash", "2d_column_blocks"])
+def test_of_a_boundary_the_rarer_class_travels_and_the_last_rows_of_the_other(name: str) -> None:
+    """Of a head that tells text from vision, which used to send every row; one without any boundary beside it."""
+    patterns = [head_pattern(RECIPES[name]), head_pattern(RECIPES["vertical_slash"])] * 2
+    batch, new = prompts([(200, 1000)], patterns)
+    (chunk,) = (p.chunk for p in batch)
+    vision = classes.mask(chunk.layout, "vision")[200:]
+    rare = vision if vision.sum() < 500 else ~vision
+    assert 0 < rare.sum() < 450
+    few, (heads, needed) = pieces([patterns], [chunk], (1000,), 0)
+    assert (few[0], heads) == ((1, 3), (0, 2))
+    rows = wanted(needed, [chunk], (1000,))
+    assert rows[rare].all() and rows[~rare].sum() == RECIPES[name]["last_q"]
+    assert rows[~rare].nonzero()[-1, 0] == (~rare).sum() - 1
     assert torch.equal(together(batch, new, 2, "stripe")[0], alone(batch)[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mm_sglang.kernels.plan import TILE
-from mm_sglang.parallel.sharding import KINDS, Sharding, balance, block_owners, tail, turns
+from mm_sglang.parallel.sharding import KINDS, Sharding, balance, block_owners, turns
 
 SIZES = (1, 2, 4, 8)
 
@@ -51,7 +51,6 @@ def test_the_orders_themselves() -> None:
     assert block_owners(6, 4, "stripe").tolist() == [0, 1, 2, 3, 0, 1]
     assert block_owners(8, 2, "zigzag").tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
     assert Sharding(lengths=(130, 1, 200), size=4, kind="stripe").owners[2].tolist() == [3, 0]
-    assert tail((3, 4), (2, 9)).tolist() == [False, True, True, True, True, True, True]
     assert [turns(5, rank, 2) for rank in range(2)] == [(0, 2, 4), (1, 3, 4)]
     assert turns(1, 7, 8) == (0,)
 
