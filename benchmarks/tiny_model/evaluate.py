@@ -21,6 +21,7 @@ from benchmarks.tiny_model.batches import at_once, plan_batch
 from benchmarks.tiny_model.forward import answer_logits, exact, use_fast_attention
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.tasks import TASKS
+from mm_sglang.settings_file import write_whole
 
 TEST_SEED = 1 << 46
 
@@ -92,18 +93,18 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, encoder = load(args.folder, device), Encoder(args.folder, device)
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    settings = {key: str(value) for key, value in vars(args).items()}
     rows: list[dict[str, Any]] = []
     cases = [(n, task, depth) for n in args.lengths for task in args.tasks for depth in args.depths]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for length, task, depth in tqdm(cases, mininterval=5):
         begun = time.monotonic()
         got = accuracy(model, encoder, task, length, depth, args.samples, photographs=not args.textures)
         rows.append({"task": task, "length": length, "depth": depth, "samples": args.samples, "exact": got,
                      "seconds": round(time.monotonic() - begun, 3)})  # fmt: skip
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    settings = {key: str(value) for key, value in vars(args).items()}
-    result = {"machine": machine, "torch": torch.__version__, "settings": settings, "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
+        result = {"machine": machine, "torch": torch.__version__, "settings": settings, "rows": rows}
+        write_whole(args.out.with_suffix(".json"), json.dumps(result, indent=1))  # each, as a run may be cut short
     draw(rows, args.out.with_suffix(".png"))
     for task in args.tasks:
         means = {
