@@ -12,7 +12,7 @@ from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 from mm_sglang.kernels.patterns.dense import Dense, TextTail
-from mm_sglang.kernels.plan import BUCKET, PAD, TILE, Bands, HeadGroup, Segment, device_ints
+from mm_sglang.kernels.plan import BUCKET, PAD, PARTS, TILE, Bands, HeadGroup, Segment, device_ints
 from mm_sglang.kernels.share import Team
 
 
@@ -135,14 +135,14 @@ def _keys(view: View, key_class: str | None) -> int:
 
 
 def _pooled(view: View, order: torch.Tensor) -> torch.Tensor:
-    """Mean keys [R, Mk, D] of the tiles of a key order."""
+    """Mean keys [R, Mk, PARTS * D] of the quarters of the tiles of a key order."""
     heads = tuple((head,) for head in view.kv_head)
-    means: torch.Tensor = view.ops.pool(view.k, order, view.slots, heads, 1, True, 0, view.keys)
+    means: torch.Tensor = view.ops.pool(view.k, order, view.slots, heads, PARTS, False, 0, view.keys, True)
     return means
 
 
 def _tiles_from(means: torch.Tensor, start: torch.Tensor, tiles: int) -> torch.Tensor:
-    """[R, tiles, D] of the segment that begins at slot `start` (int32 [R]).
+    """[R, tiles, PARTS * D] of the segment that begins at slot `start` (int32 [R]).
 
     A segment may be shorter than `tiles`; what follows it then is nobody's to see.
     """

@@ -22,6 +22,7 @@ def pool(
     reverse: bool,
     base: int,
     count: int,
+    runs: bool = False,
 ) -> torch.Tensor:
     """Means of every stride-th row of each tile, [G, M, stride * D] in x's dtype, summed in fp32; 0 where no row is.
 
@@ -32,6 +33,7 @@ def pool(
         heads: [R][g]; -1 gives zeros.
         stride: residues a tile is split into, a divisor of TILE; residue r is slots r, r + stride, ... of the tile.
         reverse: residues in falling order, as keys need them.
+        runs: means of `stride` runs of TILE / stride neighbouring rows instead; one without a row gets the tile's mean.
     """
     if order is None:
         at = torch.arange(-(-count // TILE) * TILE, device=x.device)
@@ -41,9 +43,13 @@ def pool(
         real = order[r] != PAD
         at = torch.where(real, order[r], base).long()
         at = at - base if slots is None else slots[at].long()
-        number = real.view(-1, TILE // stride, stride).sum(1).clamp(min=1)[..., None]
+        shape, across = ((-1, stride, TILE // stride), 2) if runs else ((-1, TILE // stride, stride), 1)
+        number = real.view(shape).sum(across)[..., None]
         for head in row:
             rows = torch.where((real & (head >= 0))[:, None], x[at, max(head, 0)].float(), 0.0)
-            mean = rows.view(-1, TILE // stride, stride, x.shape[2]).sum(1) / number
+            total = rows.view(*shape, x.shape[2]).sum(across)
+            mean = total / number.clamp(min=1)
+            if runs:
+                mean = torch.where(number > 0, mean, (total.sum(1) / number.sum(1).clamp(min=1))[:, None])
             out.append((mean.flip(1) if reverse else mean).flatten(1))
     return torch.stack(out).to(x.dtype)

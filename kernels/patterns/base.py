@@ -99,8 +99,8 @@ class Selection:
         columns: bool [R, Nk] kept keys, `columns_most` at most (a bound known to the host), or None.
         bands: kept diagonals, `bands_most` buckets at most, or None.
         blocks: block scores to choose tiles from, or None.
-        rest: the same of the keys that no column keeps, from their mean keys [R, Mks, D] in the order that they come to
-            have; or None.
+        rest: the same of the keys that no column keeps, from their quarters' means [R, Mks, PARTS * D] in the order
+            that they come to have; or None.
         rows: bool [R, Nq] queries to be computed with every key, `rows_most` at most, or None.
     """
 

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from mm_sglang.kernels import classes
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_coverage
-from mm_sglang.kernels.plan import TILE, Blocks
+from mm_sglang.kernels.plan import PARTS, TILE, Blocks
 
-SCORES = {"pooled": 1, "antidiagonal": 16}  # residues a tile is summed by; one residue is the plain mean
+SCORES = {"pooled": 1, "quarters": PARTS, "antidiagonal": 16}  # rows that a tile is pooled to
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTopK(HeadPattern):
-    """The `blocks` key tiles (of TILE keys) whose mean key, or antidiagonal sums, best match the query tile's.
+    """The `blocks` key tiles (of TILE keys) whose means, or antidiagonal sums, best match the query tile's.
 
     Args:
         blocks: key tiles kept a query tile at most, sink and local ones among them. Default: 64.
@@ -22,7 +22,8 @@ class BlockTopK(HeadPattern):
             decides. Default: none.
         sink: first positions that are always kept, in tokens. Default: 128.
         local: nearest positions that are always kept, in tokens, at least 1. Default: 256.
-        score: "pooled" (mean query times mean key) or "antidiagonal" (XAttention with stride 16).
+        score: "pooled" (mean query times mean key), "quarters" (log-sum-exp over the means of 32 neighbouring queries
+            and keys, 16 times the products) or "antidiagonal" (XAttention with stride 16). Default: "pooled".
     """
 
     kind: ClassVar[str] = "block_topk"
@@ -41,17 +42,18 @@ class BlockTopK(HeadPattern):
             raise ValueError(f"block_topk: score={self.score!r}: needs one of {tuple(SCORES)}")
 
     def select(self, view: View) -> Selection:
-        stride = SCORES[self.score]
+        stride, runs = SCORES[self.score], self.score == "quarters"
         k_order = None
         if view.key_class is not None:
             k_order = classes.order(view.layout, view.key_class, 0, view.keys).expand(len(view.kv_head), -1)
-        pooled_q = view.ops.pool(view.q, view.q_order, None, view.heads, stride, False, view.prefix, view.queries)
+        pooled_q = view.ops.pool(view.q, view.q_order, None, view.heads, stride, False, view.prefix, view.queries, runs)
         pooled_k = view.ops.pool(
-            view.k, k_order, view.slots, tuple((h,) for h in view.kv_head), stride, True, 0, view.keys
+            view.k, k_order, view.slots, tuple((h,) for h in view.kv_head), stride, True, 0, view.keys, runs
         )
         return Selection(
             blocks=Blocks(
-                q=pooled_q, k=pooled_k, scale=view.scale / stride, keep=self.blocks, coverage=self.coverage,
-                sink=-(-self.sink // TILE), local=-(-self.local // TILE),
+                q=pooled_q, k=pooled_k, scale=view.scale if runs else view.scale / stride, keep=self.blocks,
+                coverage=self.coverage, sink=-(-self.sink // TILE), local=-(-self.local // TILE),
+                parts=stride if runs else 1,
             )
         )  # fmt: skip

@@ -28,7 +28,7 @@ def _hulls(limits_ptr, start_ptr, reached_ptr, whole_ptr, s, segments, first, ro
 
 @triton.jit(do_not_specialize=["start_ptr", "first", "tiles", "q_tiles", "k_tiles", "all_tiles", "skip", "pitch"])
 def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segments, g, first, tiles, q_tiles, k_tiles,
-            all_tiles, skip, pitch, scale, E: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+            all_tiles, skip, pitch, scale, PARTS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
             COLUMNS: tl.constexpr, TILE: tl.constexpr):
     """Scores of a block of query and key tiles of one head; blocks that nobody reaches are left as they are."""
     block, member = tl.program_id(1), tl.program_id(2)
@@ -39,16 +39,29 @@ def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segment
     reached = tl.max(tl.load(reached_ptr + r * all_tiles + skip + m, mask=m < tiles, other=0), 0) - begin
     reached = tl.where(tl.load(heads_ptr + member) < 0, 0, reached)
     if block * COLUMNS < reached:
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for offset in range(0, E, STEP):
-            e = offset + tl.arange(0, STEP)
-            q_row = (member.to(tl.int64) * q_tiles + first + m) * E
-            q = tl.load(q_ptr + q_row[:, None] + e[None, :], mask=(m < tiles)[:, None], other=0.0)
-            k_row = (r.to(tl.int64) * k_tiles + n) * E
-            k = tl.load(k_ptr + k_row[None, :] + e[:, None], mask=(n < k_tiles)[None, :], other=0.0)
-            total += tl.dot(q, k, input_precision="ieee")  # fp32 inputs would be rounded to tf32 otherwise
+        q_row = (member.to(tl.int64) * q_tiles + first + m) * (PARTS * D)
+        k_row = (r.to(tl.int64) * k_tiles + n) * (PARTS * D)
+        score = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for pair in range(PARTS * PARTS):
+            product = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for offset in range(0, D, STEP):
+                e = offset + tl.arange(0, STEP)
+                q_at, k_at = pair // PARTS * D + e, pair % PARTS * D + e
+                q = tl.load(q_ptr + q_row[:, None] + q_at[None, :], mask=(m < tiles)[:, None], other=0.0)
+                k = tl.load(k_ptr + k_row[None, :] + k_at[:, None], mask=(n < k_tiles)[None, :], other=0.0)
+                product += tl.dot(q, k, input_precision="ieee")  # fp32 inputs would be rounded to tf32 otherwise
+            product *= scale
+            if PARTS == 1:
+                score = product
+            else:
+                top = tl.maximum(score, product)
+                mass = mass * tl.exp(score - top) + tl.exp(product - top)
+                score = top
+        if PARTS > 1:
+            score += tl.log(mass)
         out = (member.to(tl.int64) * tiles + m)[:, None] * pitch + n[None, :]
-        tl.store(out_ptr + out, total * scale, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
+        tl.store(out_ptr + out, score, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
 
 
 @triton.jit(do_not_specialize=["start_ptr", "k_tiles", "all_tiles", "skip", "pitch", "keep", "sink", "local", "width",
@@ -123,7 +136,7 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
     blocks = group.segments[s].blocks
     assert blocks is not None
     device, segments, g, orders = group.limits.device, len(group.segments), len(group.heads[0]), len(group.heads)
-    tiles, k_tiles, size = last - first, blocks.k.shape[1], blocks.q.shape[2]
+    tiles, k_tiles, size = last - first, blocks.k.shape[1], blocks.q.shape[2] // blocks.parts
     heads = head_numbers(group.heads, device)
     reached = torch.empty(orders, tiles, dtype=torch.int32, device=device)
     whole = torch.empty_like(reached)
@@ -132,7 +145,7 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
     )
     step = max(1, SCRATCH // (4 * orders * g * triton.cdiv(k_tiles, COLUMNS) * COLUMNS))
     step = step // ROWS * ROWS or step
-    rows = ROWS if min(step, tiles) > ROWS // 2 else ROWS // 2
+    rows = ROWS if min(step, tiles) > ROWS // 2 and blocks.parts == 1 else ROWS // 2  # parts need registers for a sum
     half = blocks.q.element_size() == 2
     for skip in range(0, tiles, step):
         own = min(step, tiles - skip)
@@ -143,8 +156,9 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
         score = torch.empty(orders * g, own, pitch, device=device)
         _scores[(triton.cdiv(own, rows), triton.cdiv(most, COLUMNS), orders * g)](
             blocks.q, blocks.k, heads, group.start, reached, score, s, segments, g, first + skip, own,
-            blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale, E=size, STEP=min(64 if half else 32, size),
-            ROWS=rows, COLUMNS=COLUMNS, TILE=TILE, num_warps=rows // 16,
+            blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale, PARTS=blocks.parts, D=size,
+            STEP=min(64 if half else 32, size), ROWS=rows, COLUMNS=COLUMNS, TILE=TILE,
+            num_warps=rows // 16 if blocks.parts == 1 else 8,
         )  # fmt: skip
         block = max(512, triton.next_power_of_2(most))
         _choose[(own, orders * g)](

@@ -7,15 +7,21 @@ import torch
 from mm_sglang.kernels.plan import Blocks
 
 
+def scores(blocks: Blocks, first: int, last: int) -> torch.Tensor:
+    """fp32 [G, M, Mks] of query tiles [first, last)."""
+    query = blocks.q[:, first:last].float().chunk(blocks.parts, 2)
+    keys = blocks.k.float().repeat_interleave(len(blocks.q) // len(blocks.k), 0).chunk(blocks.parts, 2)
+    pairs = [torch.einsum("gme,gne->gmn", q, k) * blocks.scale for q in query for k in keys]
+    return pairs[0] if len(pairs) == 1 else torch.stack(pairs).logsumexp(0)
+
+
 def best_blocks(blocks: Blocks, first: int, last: int, reached: torch.Tensor) -> torch.Tensor:
     """Bool [G, M, Mks] for query tiles [first, last); reached: int32 [R, M] visible tiles, [0, reached) of the segment.
 
     Forced tiles always; then the best scores (of equal ones the first) until `keep` in all, or until the softmax mass
     of the kept reaches `coverage`.
     """
-    query, tiles = blocks.q[:, first:last].float(), blocks.k.shape[1]
-    g = len(query) // len(blocks.k)
-    score = torch.einsum("gme,gne->gmn", query, blocks.k.float().repeat_interleave(g, 0)) * blocks.scale
+    score, tiles, g = scores(blocks, first, last), blocks.k.shape[1], len(blocks.q) // len(blocks.k)
     seen = reached.repeat_interleave(g, 0)[..., None]
     number = torch.arange(tiles, device=score.device)
     visible = number < seen

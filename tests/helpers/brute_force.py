@@ -132,7 +132,8 @@ def kept(
         coverage = recipe.get("coverage")
         columns = {allowed[i] for i in best(column, recipe.get("columns", 1000), coverage, sink)}
         if kind == "column_blocks":
-            return Kept(columns=columns, blocks={"sink": 0, "blocks": recipe["blocks"], "local": recipe["local"]})
+            budgets = {"sink": 0, "blocks": recipe["blocks"], "local": recipe["local"]}
+            return Kept(columns=columns, blocks=budgets | {"score": "quarters"})
         bucket = np.zeros(-(-prompt.keys // BUCKET))
         for row, weight in zip(rows, prompt.weights(head, rows, everything), strict=True):
             for n in range(row + 1):
@@ -201,15 +202,26 @@ def tiled(prompt: Prompt, head: int, parts: list[tuple[str | None, Kept]], q_ord
     return out
 
 
+def quarters(x: Any, rows: list[int]) -> Any:
+    """[4, D]: means of the tile's runs of 32 rows; of one that has none, the mean of all."""
+    runs = [rows[n : n + TILE // 4] or rows for n in range(0, TILE, TILE // 4)]
+    return np.stack([x[run].mean(0) for run in runs])
+
+
 def top_blocks(
     prompt: Prompt, head: int, recipe: dict[str, Any], q_tile: list[int], tiles: list[list[int]]
 ) -> set[int]:
-    """Key tiles of best pooled or antidiagonal score for one query tile."""
+    """Key tiles of best pooled, quarters' or antidiagonal score for one query tile."""
     stride = 16 if recipe.get("score") == "antidiagonal" else 1
     share = prompt.q.shape[1] // prompt.k.shape[1]
     reached = [n for n, tile in enumerate(tiles) if tile[0] <= max(q_tile)]
     score = []
     for n in reached:
+        if recipe.get("score") == "quarters":
+            mean_q = quarters(prompt.q[:, head], [i - prompt.prefix for i in q_tile])
+            logits = mean_q @ quarters(prompt.k[:, head // share], tiles[n]).T * prompt.scale
+            score.append(float(np.log(np.exp(logits - logits.max()).sum()) + logits.max()))
+            continue
         total = 0.0
         for r in range(stride):
             qs = [i for at, i in enumerate(q_tile) if at % stride == r]

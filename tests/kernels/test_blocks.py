@@ -59,8 +59,9 @@ def orders(rows: int, base: int, count: int, tiles: int) -> torch.Tensor:
 
 
 def pooled(
-    x: torch.Tensor, order: list[list[int]], slots: list[int] | None, heads: Any, stride: int, reverse: bool, base: int
-) -> torch.Tensor:
+    x: torch.Tensor, order: list[list[int]], slots: list[int] | None, heads: Any, stride: int, reverse: bool, base: int,
+    runs: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """What `pool` promises, row by row, fp64."""
     out = torch.zeros(sum(map(len, heads)), len(order[0]) // TILE, stride, x.shape[2], dtype=torch.float64)
     member = 0
@@ -68,7 +69,11 @@ def pooled(
         for head in row:
             for m in range(len(order[r]) // TILE):
                 for residue in range(stride):
-                    at = [p for p in order[r][m * TILE + residue : (m + 1) * TILE : stride] if p != PAD]
+                    tile, long = order[r][m * TILE : (m + 1) * TILE], TILE // stride
+                    own = tile[residue * long : (residue + 1) * long] if runs else tile[residue::stride]
+                    at = [p for p in own if p != PAD]
+                    if runs and not at:
+                        at = [p for p in tile if p != PAD]
                     if head >= 0 and at:
                         rows = [p - base if slots is None else slots[p] for p in at]
                         place = stride - 1 - residue if reverse else residue
@@ -77,21 +82,25 @@ def pooled(
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("stride, reverse", [(1, False), (16, False), (16, True), (128, True)])
+@pytest.mark.parametrize(
+    "stride, reverse, runs",
+    [(1, False, False), (16, False, False), (16, True, False), (128, True, False), (4, False, True), (1, False, True)],
+)
 @pytest.mark.parametrize("heads", GQA.values(), ids=GQA)
 @pytest.mark.parametrize("gathered", [False, True])
 @DTYPES
 def test_pool(
-    device: str, dtype: torch.dtype, gathered: bool, heads: tuple[tuple[int, ...], ...], stride: int, reverse: bool
-) -> None:
+    device: str, dtype: torch.dtype, gathered: bool, heads: tuple[tuple[int, ...], ...], stride: int, reverse: bool,
+    runs: bool,
+) -> None:  # fmt: skip
     """Queries [base, base + count) of a chunk, strided in memory; in order, or gathered with gaps."""
     base, count = 300, 261
     x = torch.randn(16, count, 48, generator=generator(1)).to(dtype)[..., 16:32].transpose(0, 1)
     order = orders(len(heads), base, count, 5) if gathered else None
     rows = list(range(base, base + count)) + [PAD] * (3 * TILE - count)
     positions = [rows] * len(heads) if order is None else order.tolist()
-    want = pooled(x, positions, None, heads, stride, reverse, base)
-    arguments = (None, heads, stride, reverse, base, count)
+    want = pooled(x, positions, None, heads, stride, reverse, base, runs)
+    arguments = (None, heads, stride, reverse, base, count, runs)
     rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2**-7, 1e-3)
     for module, where in ((estimate, "cpu"), (estimate_gpu, device)):
         got = module.pool(x.to(where), order if order is None else order.to(where), *arguments)
@@ -151,7 +160,7 @@ def integers(*shape: int, seed: int) -> torch.Tensor:
 
 
 def blocks_of(group_heads: int, rows: int, q_tiles: int, k_tiles: int, **budget: Any) -> Blocks:
-    size = 32
+    size = 32 * budget.get("parts", 1)
     k = integers(rows, k_tiles, size, seed=6)
     if k_tiles > 4:
         k[:, 3] = k[:, 1]  # equal scores for sure
@@ -166,7 +175,10 @@ def choices(blocks: Blocks, reached: list[list[int]], g: int, first: int) -> tup
         r = member // g
         rows = []
         for m, seen in enumerate(reached[r]):
-            score = blocks.k[r, :seen].double() @ blocks.q[member, first + m].double() * blocks.scale
+            size = blocks.k.shape[2] // blocks.parts
+            k = blocks.k[r, :seen].double().view(seen, 1, blocks.parts, size)
+            q = blocks.q[member, first + m].double().view(blocks.parts, 1, size)
+            score = ((q * k).sum(3) * blocks.scale).flatten(1).logsumexp(1)  # [seen, parts, parts] before
             taken, margin = choice(score.tolist(), blocks.keep, blocks.coverage, blocks.sink, blocks.local)
             rows.append(taken)
             least = min(least, margin)
@@ -185,6 +197,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "coverage of equals": dict(keep=10**6, coverage=0.37, scale=0.0, sink=0, local=0),
     "coverage by the forced": dict(keep=10**6, coverage=0.001, scale=0.0625),
     "coverage and count": dict(keep=3, coverage=0.95, local=0),
+    "quarters": dict(keep=4, parts=4),
+    "quarters, coverage": dict(keep=10**6, coverage=0.83, sink=0, parts=4),
 }
 
 
