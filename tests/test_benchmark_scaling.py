@@ -141,7 +141,7 @@ def test_a_call_ends_in_its_minutes_and_a_failing_run_ends_no_other(
 
 
 def test_a_prediction_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200" / "scaling.json"
+    held = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200" / "scaling-75c246a6ac79-28.json"
     monkeypatch.setattr("sys.argv", ["x", "--predict", str(held), "--out", str(tmp_path / "x.txt")])
     assert scaling.main() == 0
     text = (tmp_path / "x.txt").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mm_sglang.kernels.choosing import SLACK, choose, for_chunk
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import recall, tiles_by_head
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.patterns import Auto, Boundary, HeadPattern, head_pattern
+from mm_sglang.kernels.patterns import Auto, Boundary, HeadPattern, VerticalSlash, head_pattern
 from mm_sglang.kernels.plan import Plan
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 from mm_sglang.kernels.sampling import Sample, sampled
@@ -47,13 +48,15 @@ def family(pattern: HeadPattern) -> str:
     return f"boundary {pattern.boundary}" if isinstance(pattern, Boundary) else pattern.kind
 
 
-def planted_choice(kind: str, density: float) -> tuple[Any, tuple[Any, ...]]:
+def planted_choice(
+    kind: str, density: float, candidates: Sequence[HeadPattern] = CANDIDATES
+) -> tuple[Any, tuple[Any, ...]]:
     q, k, v, _ = planted(
         kind, tokens=TOKENS, q_heads=2, kv_heads=1, head_dim=64, seed=1, device="cpu", dtype=torch.float32
     )
     layout = layout_of(kind, TOKENS, "cpu")
     chosen = choose(
-        q, k, v, layout=layout, candidates=CANDIDATES, density=density, scale=0.125, engine=REFERENCE
+        q, k, v, layout=layout, candidates=candidates, density=density, scale=0.125, engine=REFERENCE
     )  # fmt: skip
     return chosen, (q, k, v, layout)
 
@@ -66,7 +69,7 @@ FIXED = {"vertical_slash", "column_blocks", "grid", "boundary q", "boundary 2d"}
     "kind, density, right, least",
     [
         ("blocks", 0.2, {"block_topk"}, 0.6),
-        ("slashes", 0.3, {"vertical_slash"}, 0.9),
+        ("slashes", 0.3, {"vertical_slash", "block_topk"}, 0.9),  # a diagonal's tiles are blocks, too
         ("columns", 0.15, {"vertical_slash", "column_blocks"}, 0.9),
         ("grid", 0.15, FIXED, 0.9),
         ("boundary", 0.15, FIXED, 0.9),
@@ -88,7 +91,8 @@ def test_each_kind_of_head_gets_a_family_that_holds_it(
 
 
 def test_slashes_differ_from_columns_and_nobody_looks_nowhere() -> None:
-    slashes, columns = (planted_choice(kind, 0.3)[0].recipes[0] for kind in ("slashes", "columns"))
+    both = [c for c in CANDIDATES if isinstance(c, VerticalSlash)]
+    slashes, columns = (planted_choice(kind, 0.3, both)[0].recipes[0] for kind in ("slashes", "columns"))
     assert slashes.slashes > slashes.columns and columns.columns > columns.slashes
 
 
