@@ -56,10 +56,15 @@ def positions(layout: TokenLayout, name: str, first: int, last: int) -> torch.Te
     """int32 [count] positions of a class inside [first, last), ascending."""
 
     def make() -> torch.Tensor:
-        parts = [torch.arange(a, b, dtype=torch.int32) for a, b in spans(layout, name, first, last)]
-        return upload(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32), layout.device)
+        return upload(on_host(layout, name, first, last), layout.device)
 
     return _once(layout, ("positions", name, first, last), make)
+
+
+def on_host(layout: TokenLayout, name: str, first: int, last: int) -> torch.Tensor:
+    """The same on the host, made anew."""
+    parts = [torch.arange(a, b, dtype=torch.int32) for a, b in spans(layout, name, first, last)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
 
 
 def order(layout: TokenLayout, name: str, first: int, last: int) -> torch.Tensor:

@@ -42,6 +42,12 @@ def device_ints(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def evenly(total: int, most: int) -> tuple[int, ...]:
+    """`most` of the numbers below `total`, or all if they are fewer, evenly spread up to the last one."""
+    count = min(most, total)
+    return tuple((n + 1) * total // count - 1 for n in range(count))
+
+
 def head_numbers(heads: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """int32 [R * g]: HeadGroup.heads, row after row, fillers included."""
     return device_ints(tuple(head for row in heads for head in row), device)

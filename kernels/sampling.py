@@ -10,7 +10,7 @@ import torch
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.base import HeadPattern
-from mm_sglang.kernels.plan import TILE, HeadGroup, Plan, device_ints, head_numbers
+from mm_sglang.kernels.plan import TILE, HeadGroup, Plan, device_ints, evenly, head_numbers
 from mm_sglang.kernels.prefill import make_plan
 from mm_sglang.kernels.share import some_tiles
 
@@ -28,13 +28,12 @@ class Sample:
         self.slots, self.out, self.prefix = slots, out, layout.length - len(q)
         self.buffer = torch.empty(q.shape[1], len(q), device=q.device)
         number = -(-len(q) // TILE)
-        count = min(TILES, number)
-        self.tiles = tuple((n + 1) * number // count - 1 for n in range(count))  # the last one holds the question
+        self.tiles = evenly(number, TILES)  # the last one holds the question
         rows = tuple(r for t in self.tiles for r in range(t * TILE, min((t + 1) * TILE, len(q))))
         self.rows = device_ints(rows, q.device).long()
         # tiles that dense attention computes for the whole chunk, told from the sample as the candidates' are
         ends = [min(self.prefix + (t + 1) * TILE, layout.length) for t in self.tiles]
-        self.causal = sum(-(-end // TILE) for end in ends) / count * number
+        self.causal = sum(-(-end // TILE) for end in ends) / len(ends) * number
 
     def plan(self, pattern: HeadPattern) -> Plan:
         """The recipe's plan of the whole chunk for all heads."""

@@ -19,7 +19,7 @@ from mm_sglang.guard import GuardedRecipes, Recipes
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.inspection import attended_shares, tile_counts_on_device
 from mm_sglang.kernels.layout import TokenLayout
-from mm_sglang.kernels.plan import Plan, device_ints
+from mm_sglang.kernels.plan import Plan, device_ints, evenly
 from mm_sglang.kernels.share import Team
 from mm_sglang.kernels.stages import StageTimer
 from mm_sglang.metrics import Metrics
@@ -149,8 +149,7 @@ def recall_by_head(done: Done, rows: int, engine: Engine, team: Team | None = No
     """
     queries = len(done.q)
     first = queries // 2
-    count = min(rows, queries - first)
-    picked = tuple(first + (n + 1) * (queries - first) // count - 1 for n in range(count))
+    picked = tuple(first + n for n in evenly(queries - first, rows))
     at = device_ints(picked, done.q.device)
     prefix = done.layout.length - queries
     dense = engine.ops().row_lse(done.q, done.pool, done.slots, at, prefix, done.scale)

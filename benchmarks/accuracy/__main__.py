@@ -35,7 +35,7 @@ from benchmarks.accuracy.methods import METHODS, WITHOUT
 from benchmarks.accuracy.report import K, heat_maps, table
 from benchmarks.accuracy.session import Options, Session
 from benchmarks.accuracy.store import RECORD, Store
-from benchmarks.accuracy.student import Student
+from benchmarks.accuracy.student import Student, require_prompts
 from benchmarks.common import Parser, results_of
 from benchmarks.kernels.report import machine
 from benchmarks.tiny_model.inputs import Encoder
@@ -82,11 +82,8 @@ def _measure(options: argparse.Namespace, began: float) -> int:
     methods = options.methods or [m for m in METHODS if options.config is None or m not in WITHOUT]
     for ok, message in (
         (options.model is not None, "needs MODEL_FOLDER, --show FILE or --merge DIR"),
-        (options.model is None or Path(options.model, "config.json").is_file(), f"{options.model}: no model folder"),
-        (min(options.lengths) >= 256, f"--lengths {min(options.lengths)}: needs at least 256 tokens"),
         (all(0 <= d <= 1 for d in options.depths), f"--depths {options.depths}: needs shares from 0 to 1"),
         (options.samples >= 1, f"--samples {options.samples}: needs at least 1"),
-        (0 < options.density <= 1, f"--density {options.density}: needs a share above 0 and up to 1"),
         (
             options.config is None or not set(methods) & set(WITHOUT),
             f"--methods {', '.join(WITHOUT)}: need no --config",
@@ -94,6 +91,7 @@ def _measure(options: argparse.Namespace, began: float) -> int:
     ):
         if not ok:
             raise ValueError(message)
+    require_prompts(options.model, options.lengths, options.density)
     device, about = "cuda" if torch.cuda.is_available() else "cpu", machine()
     about["versions"]["transformers"] = importlib.metadata.version("transformers")
     out = options.out or results_of(about) / "accuracy"

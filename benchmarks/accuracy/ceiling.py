@@ -6,7 +6,7 @@ A layer's dense softmax is computed exactly at a few tiles of queries, evenly sp
 heaviest of all heads together are taken until the density is reached: nothing that computes whole tiles of a prompt in
 its own order can hold more. "keys": the same with the heaviest keys of each query, as if no tile had to be shared.
 
-Legend: N tokens, H heads, D head dimension, m sampled query tiles, T = TILE.
+Legend: N tokens, H and Hkv heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy.searching import SEED
-from benchmarks.accuracy.student import Student
+from benchmarks.accuracy.student import Student, require_prompts
 from benchmarks.common import Parser, results_of
 from benchmarks.kernels.report import machine
 from benchmarks.tiny_model.inputs import Encoder
 from benchmarks.tiny_model.tasks import TASKS, make_sample
-from mm_sglang.kernels.plan import TILE
+from mm_sglang.kernels.plan import TILE, evenly
 from mm_sglang.model_hash import model_hash
+from mm_sglang.settings_file import write_whole
 
 TILES = 32  # of queries, a prompt's; 4,096 of them
 
@@ -41,19 +42,17 @@ def ceilings(q: torch.Tensor, k: torch.Tensor, scale: float, density: float, til
     """
     length, heads, share = len(q), q.shape[1], q.shape[1] // k.shape[1]
     number = -(-length // TILE)
-    count = min(tiles, number)
-    at = [(n + 1) * number // count - 1 for n in range(count)]
-    position = torch.arange(-(-length // TILE) * TILE, device=q.device)
+    position = torch.arange(length, device=q.device)
     mass, rows, by_keys = [], 0, 0.0
-    for tile in at:
+    for tile in evenly(number, tiles):
         first, last = tile * TILE, min((tile + 1) * TILE, length)
-        seen, own = (tile + 1) * TILE, position[first:last]
+        own = position[first:last]
         rows += last - first
         for head in range(heads):
-            logits = torch.full((last - first, seen), -torch.inf, device=q.device)
-            logits[:, :last] = q[first:last, head].float() @ k[:last, head // share].float().T * scale
-            weight = logits.masked_fill_(position[:seen] > own[:, None], -torch.inf).softmax(1)
-            mass.append(weight.view(last - first, -1, TILE).sum((0, 2)))
+            logits = q[first:last, head].float() @ k[:last, head // share].float().T * scale
+            weight = logits.masked_fill_(position[:last] > own[:, None], -torch.inf).softmax(1)
+            whole = torch.nn.functional.pad(weight, (0, -last % TILE))
+            mass.append(whole.view(last - first, -1, TILE).sum((0, 2)))
             kept = ((own + 1).double() * density - 1e-9).ceil()[:, None]
             most = math.ceil(last * density)
             heaviest = weight.topk(most).values * (torch.arange(most, device=q.device) < kept)
@@ -72,18 +71,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--density", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/<gpu>/ceiling.json")
     options = parser.parse_args(argv)
-    if not Path(options.model, "config.json").is_file():
-        parser.error(f"{options.model}: no model folder")
-    if not 0 < options.density <= 1:
-        parser.error(f"--density {options.density}: needs a share above 0 and up to 1")
-    if min(options.lengths) < 256:
-        parser.error(f"--lengths {min(options.lengths)}: needs at least 256 tokens")
+    try:
+        require_prompts(options.model, options.lengths, options.density)
+    except ValueError as error:
+        parser.error(str(error))
     device, about = "cuda" if torch.cuda.is_available() else "cpu", machine()
     rows = _measure(options, device)
     out = options.out or results_of(about) / "ceiling.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     what = {"model_hash": model_hash(options.model), "density": options.density, "query_tiles": TILES}
-    out.write_text(json.dumps({"about": about, "what": what, "rows": rows}, indent=1))
+    write_whole(out, json.dumps({"about": about, "what": what, "rows": rows}, indent=1))
     return 0
 
 

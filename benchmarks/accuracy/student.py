@@ -5,8 +5,9 @@ Legend: N tokens of prompt and answer, P of the prompt, A of the answer, H heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,16 @@ from mm_sglang.search.capture import Captured
 from mm_sglang.search.exact import Exact
 
 Inputs = Mapping[str, torch.Tensor]
+
+
+def require_prompts(model: str, lengths: Sequence[int], density: float) -> None:
+    """ValueError for a folder without a model, or prompts or a density that there can't be."""
+    if not Path(model, "config.json").is_file():
+        raise ValueError(f"{model}: no model folder")
+    if min(lengths) < 256:
+        raise ValueError(f"--lengths {min(lengths)}: needs at least 256 tokens")
+    if not 0 < density <= 1:
+        raise ValueError(f"--density {density}: needs a share above 0 and up to 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

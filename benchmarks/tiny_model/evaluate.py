@@ -97,7 +97,6 @@ def main() -> None:
     settings = {key: str(value) for key, value in vars(args).items()}
     rows: list[dict[str, Any]] = []
     cases = [(n, task, depth) for n in args.lengths for task in args.tasks for depth in args.depths]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for length, task, depth in tqdm(cases, mininterval=5):
         begun = time.monotonic()
         got = accuracy(model, encoder, task, length, depth, args.samples, photographs=not args.textures)

@@ -4,6 +4,7 @@ The score is a plain dot product of what `pool` returns for queries and for keys
 residue that is mean query . mean key. With s residues, laid out forwards for queries and backwards for keys, it is the
 mean of the tile's antidiagonal elements (i + j) % s == s - 1: XAttention's score (arXiv 2503.16428), but with the
 softmax taken over tiles afterwards instead of over groups of s keys before summing, which keeps it a small product.
+With runs of neighbouring rows (plan.PARTS a tile) every pair of runs has a product, and the score is their log-sum-exp.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def wanted(needed: Needed, chunks: Sequence[SparseChunk], lengths: Sequence[int]
 def _rows(layout: TokenLayout, queries: int, looked: Looked) -> torch.Tensor:
     first, out = layout.length - queries, torch.zeros(queries, dtype=torch.bool)
     for name, number in looked:
-        spans = [(first, layout.length)] if name is None else classes.spans(layout, name, first, layout.length)
-        at = torch.cat([torch.arange(a - first, b - first) for a, b in spans] or [torch.arange(0)])
+        at = torch.arange(queries)
+        if name is not None:
+            at = classes.on_host(layout, name, first, layout.length).long() - first
         out[at if number is None else at[max(0, len(at) - number) :]] = True
     return out

@@ -10,7 +10,7 @@ import torch
 from mm_sglang.kernels.attend.reference import dense_rows
 from mm_sglang.kernels.inspection import recall
 from mm_sglang.kernels.ops import Ops
-from mm_sglang.kernels.plan import device_ints
+from mm_sglang.kernels.plan import device_ints, evenly
 
 ROWS = 64  # queries at which outputs are compared; of a shorter prompt, all
 
@@ -23,8 +23,7 @@ class Exact:
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, ops: Ops) -> None:
-        count = min(ROWS, len(q))
-        rows = device_ints(tuple((n + 1) * len(q) // count - 1 for n in range(count)), q.device)
+        rows = device_ints(evenly(len(q), ROWS), q.device)
         self.at = rows.long()
         self.lse = ops.row_lse(q, k, None, rows, 0, scale)  # fp32 [H, L]
         self.out = dense_rows(q, k, v, self.at, scale)  # fp32 [L, H, D]
