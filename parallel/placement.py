@@ -109,14 +109,16 @@ def _free() -> dict[str, dict[str, float]]:
 
 
 def no_place(group: PlacementGroup) -> str:
-    """What is missing for a group that is still waiting."""
+    """What is missing for a group that is still waiting; nothing where enough is free and Ray is only slow."""
     hosts, free = answering().values(), ray.available_resources()
-    missing = []
+    missing, short = [], False
     for kind in ("GPU", "CPU"):
         if needs := sum(int(bundle.get(kind, 0)) for bundle in group.bundle_specs):
             has = int(sum(host.get(kind, 0) for host in hosts))
-            missing.append(f"{needs} {kind}s ({min(int(free.get(kind, 0)), has)} of the cluster's {has} are free)")
-    return f"needs {' and '.join(missing)}"
+            left = min(int(free.get(kind, 0)), has)
+            short |= left < needs
+            missing.append(f"{needs} {kind}s ({left} of the cluster's {has} are free)")
+    return f"needs {' and '.join(missing)}" if short else ""
 
 
 def nodes_of(group: PlacementGroup) -> set[str]:

@@ -181,9 +181,10 @@ class Replica:
         if self._group.wait(0):
             self._launch(self._group)
         elif now - self._since > patience:
-            raise ReplicaError(f"replica {self.number}: no place after {patience:.0f} s: {no_place(self._group)}")
+            missing = no_place(self._group) or "enough is free, but Ray places nothing"
+            raise ReplicaError(f"replica {self.number}: no place after {patience:.0f} s: {missing}")
         elif now - self._looked > PLACE_ANEW_S:
-            if (missing := no_place(self._group)) != self._missing:
+            if (missing := no_place(self._group)) and missing != self._missing:
                 self._missing = missing
                 self._event("waiting", error=missing)
             self._leave()

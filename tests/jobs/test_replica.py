@@ -10,7 +10,7 @@ import ray
 
 from mm_sglang.jobs import replica as module
 from mm_sglang.jobs.gang import Gang
-from mm_sglang.jobs.patience import Patience, Refused, refusal
+from mm_sglang.jobs.patience import Patience, Refused, ReplicaError, refusal
 from mm_sglang.jobs.replica import Replica
 
 
@@ -111,6 +111,25 @@ def test_a_replica_that_waits_leaves_others_their_decoders(clock: Clock, monkeyp
     clock.now += 10
     gang.watch()
     assert gang.gang.decoders == 3
+
+
+@pytest.mark.parametrize(("missing", "said"), [("needs 2 GPUs", ["needs 2 GPUs"]), ("", [])])
+def test_only_what_is_missing_is_said(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, missing: str, said: list[str]
+) -> None:
+    gang, heard = started(ready=False), []
+    group: Any = SimpleNamespace(wait=lambda seconds: False)
+    gang._run, gang._group, gang._since = None, group, clock.now
+    gang.on_event = lambda what, facts: heard.append((what, facts["error"]))
+    for name, value in {"no_place": missing, "decoder_cpus": 2, "remove_placement_group": None, "place": group}.items():
+        monkeypatch.setattr(module, name, lambda *arguments, value=value: value)
+    for _ in range(2):  # and only once
+        clock.now += 10
+        gang.watch()
+    assert heard == [("waiting", each) for each in said]
+    clock.now += 1e6
+    with pytest.raises(ReplicaError, match=missing or "enough is free, but Ray places nothing"):
+        gang.watch()
 
 
 def test_what_is_a_refusal() -> None:

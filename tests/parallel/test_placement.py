@@ -90,9 +90,15 @@ def test_a_gang_stays_inside_a_host_that_has_room_now(
 
 def test_what_is_missing_is_counted_on_nodes_that_answer(cluster: Cluster) -> None:
     group: Any = SimpleNamespace(bundle_specs=[{"GPU": 1.0}, {"GPU": 1.0}, {"CPU": 1.0}])
-    cluster((2, 2, True), (2, 2, False), free_gpus=4, free_cpus=1)
+    cluster((2, 2, True), (2, 2, False), free_gpus=4, free_cpus=0)
     assert placement.no_place(group) == (
-        "needs 2 GPUs (2 of the cluster's 2 are free) and 1 CPUs (1 of the cluster's 2 are free)"
+        "needs 2 GPUs (2 of the cluster's 2 are free) and 1 CPUs (0 of the cluster's 2 are free)"
     )
     cluster((2, 2, False), free_gpus=2)
     assert "2 GPUs (0 of the cluster's 0 are free)" in placement.no_place(group)
+
+
+def test_nothing_is_missing_where_ray_is_only_slow(cluster: Cluster) -> None:
+    group: Any = SimpleNamespace(bundle_specs=[{"GPU": 1.0}, {"CPU": 1.0}])
+    cluster((2, 2, True), free_gpus=1, free_cpus=1)
+    assert placement.no_place(group) == ""
