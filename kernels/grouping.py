@@ -12,7 +12,7 @@ from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.ops import Ops
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View
 from mm_sglang.kernels.patterns.dense import Dense, TextTail
-from mm_sglang.kernels.plan import BUCKET, PAD, PARTS, TILE, Bands, HeadGroup, Segment, device_ints
+from mm_sglang.kernels.plan import BUCKET, PAD, TILE, Bands, HeadGroup, Segment, device_ints
 from mm_sglang.kernels.share import Team
 
 
@@ -108,13 +108,15 @@ def _group(view: View, pattern: HeadPattern, parts: list[tuple[str | None, Selec
     if kept is None:
         kept = torch.zeros(keys, dtype=torch.bool, device=device)
     order, start, rank = view.ops.key_order(kept.expand(count, -1), by_class, len(parts) + 1, tiles)
-    means = _pooled(view, order) if any(chosen.rest for _, chosen in parts) else None
+    clusters = None
+    if any(chosen.rest for _, chosen in parts):
+        clusters = view.ops.clusters(view.k, order, view.slots, view.kv_head, keys)
     segments, width = [Segment()], 0
     for s, (key_class, chosen) in enumerate(parts, 1):
         number = -(-_keys(view, key_class) // TILE)
         bands, blocks = chosen.bands, chosen.blocks
-        if chosen.rest is not None and means is not None:
-            blocks = chosen.rest(_tiles_from(means, start[:, s], number))
+        if chosen.rest is not None and clusters is not None:
+            blocks = chosen.rest(*(_tiles_from(x, start[:, s], number) for x in clusters))
         if bands is None and blocks is None:
             heads = count * len(view.heads[0])
             empty = torch.zeros(heads, 1, dtype=torch.int32, device=device)
@@ -134,20 +136,13 @@ def _keys(view: View, key_class: str | None) -> int:
     return view.keys if key_class is None else classes.count(view.layout, key_class, 0, view.keys)
 
 
-def _pooled(view: View, order: torch.Tensor) -> torch.Tensor:
-    """Mean keys [R, Mk, PARTS * D] of the quarters of the tiles of a key order."""
-    heads = tuple((head,) for head in view.kv_head)
-    means: torch.Tensor = view.ops.pool(view.k, order, view.slots, heads, PARTS, False, 0, view.keys, True)
-    return means
-
-
-def _tiles_from(means: torch.Tensor, start: torch.Tensor, tiles: int) -> torch.Tensor:
-    """[R, tiles, PARTS * D] of the segment that begins at slot `start` (int32 [R]).
+def _tiles_from(x: torch.Tensor, start: torch.Tensor, tiles: int) -> torch.Tensor:
+    """[R, tiles, E] of x [R, Mk, E], those of the segment that begins at slot `start` (int32 [R]).
 
     A segment may be shorter than `tiles`; what follows it then is nobody's to see.
     """
     at = start.long()[:, None] // TILE + torch.arange(tiles, device=start.device)
-    return means.gather(1, at.clamp(max=means.shape[1] - 1)[..., None].expand(-1, -1, means.shape[2]))
+    return x.gather(1, at.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _segments_of(layout: TokenLayout, parts: list[tuple[str | None, Selection]]) -> torch.Tensor:

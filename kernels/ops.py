@@ -18,6 +18,7 @@ class Ops:
     top_budget: Callable[..., Any]
     top_buckets: Callable[..., Any]
     pool: Callable[..., Any]
+    clusters: Callable[..., Any]
     key_order: Callable[..., Any]
     limits: Callable[..., Any]
     tile_lists: Callable[..., Any]
@@ -45,8 +46,9 @@ def reference_ops() -> Ops:
 
     return Ops(
         sampled_mass=estimate.sampled_mass, top_budget=select.top_budget, top_buckets=select.top_buckets,
-        pool=blocks_reference.pool, key_order=permute.key_order, limits=tiles.limits, tile_lists=tiles.tile_lists,
-        residual=residual_reference.residual, row_lse=estimate.row_lse,
+        pool=blocks_reference.pool, clusters=blocks_reference.clusters, key_order=permute.key_order,
+        limits=tiles.limits, tile_lists=tiles.tile_lists, residual=residual_reference.residual,
+        row_lse=estimate.row_lse,
     )  # fmt: skip
 
 
@@ -65,6 +67,7 @@ def triton_ops() -> Ops:
         top_budget=_timed("select", select.top_budget),
         top_buckets=_timed("select", select.top_buckets),
         pool=_timed("estimate", blocks_gpu.pool),
+        clusters=_timed("estimate", blocks_gpu.clusters),
         key_order=_timed("permute", permute.key_order),
         limits=_timed("plan", tiles.limits),
         tile_lists=_timed("plan", tiles.tile_lists),

@@ -29,6 +29,7 @@ from mm_sglang.kernels.inspection import attended, recall
 from mm_sglang.kernels.layout import VIDEO, TokenLayout, consume_grids
 from mm_sglang.kernels.ops import reference_ops
 from mm_sglang.kernels.patterns import AShape, BlockTopK, HeadPattern
+from mm_sglang.kernels.patterns.block_topk import SCORES
 from mm_sglang.kernels.plan import TILE
 from mm_sglang.kernels.prefill import make_plan, sparse_prefill
 from mm_sglang.search import bounded
@@ -312,30 +313,47 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_no_recipe_holds_more_than_the_ceiling_and_the_heaviest_tiles_hold_just_it() -> None:
     length, density, scale = 1500, 0.3, 0.6
     q, k = torch.randn(length, HEADS, 16), torch.randn(length, 2, 16)
-    tiles, keys = ceilings(q, k, scale, density, tiles=1000)
+    found = ceilings(q, k, scale, density, tiles=1000)
     layout, number = TokenLayout(items=(), length=length), -(-length // TILE)
     for pattern in (BlockTopK(blocks=4, sink=0, local=128), AShape(sink=128, local=300)):
         _, lse, plan = sparse_prefill(
             q, k, k, layout=layout, patterns=[pattern] * HEADS, scale=scale, engine=engine("reference")
         )
         exact = reference_ops().row_lse(q, k, None, torch.arange(length, dtype=torch.int32), 0, scale)
-        most, _ = ceilings(q, k, scale, inspection.density(plan) + 1e-9, tiles=1000)
-        assert recall(lse.T, exact).mean() <= most + 1e-6 < 1
+        own = ceilings(q, k, scale, inspection.density(plan) + 1e-9, tiles=1000)
+        assert recall(lse.T, exact).mean() <= own["tiles"] + 1e-6 < 1
+        assert max(own[name] for name in SCORES) <= own["equal"] + 1e-6 <= own["tiles"] + 2e-6
     logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * scale
     weight = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(2)
     padded = torch.nn.functional.pad(weight, (0, -length % TILE, 0, -length % TILE))
     mass = padded.view(HEADS, number, TILE, number, TILE).sum((2, 4))
     causal = mass[:, torch.ones(number, number).tril().bool()].flatten().sort(descending=True).values
-    assert tiles == pytest.approx(float(causal[: int(density * len(causal))].sum()) / (HEADS * length), rel=1e-5)
+    assert found["tiles"] == pytest.approx(
+        float(causal[: int(density * len(causal))].sum()) / (HEADS * length), rel=1e-5
+    )
     best = [weight[:, n, : n + 1].topk(math.ceil((n + 1) * density - 1e-9), dim=1).values.sum() for n in range(length)]
-    assert keys == pytest.approx(float(sum(best)) / (HEADS * length), rel=1e-5)
+    assert found["keys"] == pytest.approx(float(sum(best)) / (HEADS * length), rel=1e-5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_what_a_score_holds_is_what_block_topk_holds(score: str) -> None:
+    length, scale = 1500, 0.6
+    q, k = torch.randn(length, HEADS, 16), torch.randn(length, 2, 16)
+    layout = TokenLayout(items=(), length=length)
+    pattern = BlockTopK(blocks=5, sink=ceiling.SINK * TILE, local=ceiling.LOCAL * TILE, score=score)
+    _, lse, plan = sparse_prefill(
+        q, k, k, layout=layout, patterns=[pattern] * HEADS, scale=scale, engine=engine("reference")
+    )
+    exact = reference_ops().row_lse(q, k, None, torch.arange(length, dtype=torch.int32), 0, scale)
+    found = ceilings(q, k, scale, inspection.density(plan), tiles=1000)
+    assert found[score] == pytest.approx(float(recall(lse.T, exact).mean()), rel=1e-4)
 
 
 def test_ceiling_writes_a_row_a_prompt_and_refuses_bad_input(folder: Path, tmp_path: Path) -> None:
     given = [str(folder), "--lengths", "1000", "--tasks", "v_niah", "--out", str(tmp_path / "c.json")]
     assert ceiling.main(given) == 0
     (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert 0.1 < row["tiles"] < row["keys"] < 1 and len(row["layers"]) == 2
+    assert 0.1 < row["clusters"] <= row["equal"] <= row["tiles"] < row["keys"] < 1 and len(row["layers"]) == 2
     for bad, named in ((["--density", "0"], "--density 0"), (["--lengths", "8"], "--lengths 8")):
         with pytest.raises(SystemExit) as stopped:
             ceiling.main([*given, *bad])

@@ -40,7 +40,7 @@ RIVALS: Mapping[str, tuple[HeadPattern, str]] = {
     "fixed": (Fixed(), "Sparse Transformer, blocks of a frame, every n-th block's last key or several"),
     "vertical_slash": (VerticalSlash(columns=1000, slashes=2048), "MInference: vertical-slash in every head"),
     "xattention": (
-        BlockTopK(blocks=32, sink=SINK, local=WINDOW, score="antidiagonal"), "XAttention: blocks by antidiagonal sums"
+        BlockTopK(blocks=32, sink=SINK, local=WINDOW, score="antidiagonal"), "XAttention, stride 16"
     ),
     "flexprefill": (
         BlockTopK(blocks=ALL_BLOCKS, coverage=0.5, sink=SINK, local=WINDOW),

@@ -99,8 +99,8 @@ class Selection:
         columns: bool [R, Nk] kept keys, `columns_most` at most (a bound known to the host), or None.
         bands: kept diagonals, `bands_most` buckets at most, or None.
         blocks: block scores to choose tiles from, or None.
-        rest: the same of the keys that no column keeps, from their quarters' means [R, Mks, PARTS * D] in the order
-            that they come to have; or None.
+        rest: the same of the keys that no column keeps, from what `Ops.clusters` gives in the order that they come to
+            have; or None.
         rows: bool [R, Nq] queries to be computed with every key, `rows_most` at most, or None.
     """
 
@@ -110,7 +110,7 @@ class Selection:
     columns_most: int = 0
     bands: Bands | None = None
     blocks: Blocks | None = None
-    rest: Callable[[torch.Tensor], Blocks] | None = None
+    rest: Callable[[torch.Tensor, torch.Tensor], Blocks] | None = None
     rows: torch.Tensor | None = None
     rows_most: int = 0
 

@@ -9,7 +9,8 @@ from mm_sglang.kernels import classes
 from mm_sglang.kernels.patterns.base import HeadPattern, Selection, View, require_at_least, require_coverage
 from mm_sglang.kernels.plan import PARTS, TILE, Blocks
 
-SCORES = {"pooled": 1, "quarters": PARTS, "antidiagonal": 16}  # rows that a tile is pooled to
+SCORES = ("pooled", "clusters", "antidiagonal")
+STRIDE = 16  # rows of a part, by antidiagonals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,9 @@ class BlockTopK(HeadPattern):
             decides. Default: none.
         sink: first positions that are always kept, in tokens. Default: 128.
         local: nearest positions that are always kept, in tokens, at least 1. Default: 256.
-        score: "pooled" (mean query times mean key), "quarters" (log-sum-exp over the means of 32 neighbouring queries
-            and keys, 16 times the products) or "antidiagonal" (XAttention with stride 16). Default: "pooled".
+        score: "pooled" (mean query times mean key), "clusters" (log-sum-exp over the means of 32 neighbouring queries
+            and of four groups of like keys, 16 times the products) or "antidiagonal" (XAttention with stride 16, 1024
+            times the products of "pooled"). Default: "pooled".
     """
 
     kind: ClassVar[str] = "block_topk"
@@ -39,21 +41,23 @@ class BlockTopK(HeadPattern):
         require_at_least(self, 1, "blocks", "local")
         require_coverage(self, self.coverage)
         if self.score not in SCORES:
-            raise ValueError(f"block_topk: score={self.score!r}: needs one of {tuple(SCORES)}")
+            raise ValueError(f"block_topk: score={self.score!r}: needs one of {SCORES}")
 
     def select(self, view: View) -> Selection:
-        stride, runs = SCORES[self.score], self.score == "quarters"
-        k_order = None
+        k_order, parts, scale = None, {"pooled": 1, "clusters": PARTS, "antidiagonal": TILE}[self.score], view.scale
         if view.key_class is not None:
             k_order = classes.order(view.layout, view.key_class, 0, view.keys).expand(len(view.kv_head), -1)
-        pooled_q = view.ops.pool(view.q, view.q_order, None, view.heads, stride, False, view.prefix, view.queries, runs)
-        pooled_k = view.ops.pool(
-            view.k, k_order, view.slots, tuple((h,) for h in view.kv_head), stride, True, 0, view.keys, runs
-        )
+        queries = view.ops.pool(view.q, view.q_order, None, view.heads, parts, False, view.prefix, view.queries)
+        if self.score == "clusters":
+            keys, weight = view.ops.clusters(view.k, k_order, view.slots, view.kv_head, view.keys)
+        else:
+            kv_heads, weight = tuple((h,) for h in view.kv_head), None
+            keys = view.ops.pool(view.k, k_order, view.slots, kv_heads, parts, True, 0, view.keys)
+        if self.score == "antidiagonal":
+            parts, scale = TILE // STRIDE, view.scale / STRIDE
         return Selection(
             blocks=Blocks(
-                q=pooled_q, k=pooled_k, scale=view.scale if runs else view.scale / stride, keep=self.blocks,
-                coverage=self.coverage, sink=-(-self.sink // TILE), local=-(-self.local // TILE),
-                parts=stride if runs else 1,
+                q=queries, k=keys, scale=scale, keep=self.blocks, coverage=self.coverage, sink=-(-self.sink // TILE),
+                local=-(-self.local // TILE), parts=parts, weight=weight,
             )
         )  # fmt: skip

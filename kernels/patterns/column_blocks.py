@@ -18,7 +18,7 @@ class ColumnBlocks(HeadPattern):
 
     Blocks serve the mean query of a tile and lose what few of its queries need; columns of the last queries
     (MInference) serve all alike. Columns are shared by the query heads of a KV head, as in vertical_slash, and moved to
-    the front; blocks are chosen, as in block_topk by quarters, from what they leave.
+    the front; blocks are chosen, as in block_topk by clusters, from what they leave.
 
     Args:
         columns: key columns kept at most, the first `sink` among them. Default: 1000.
@@ -46,12 +46,12 @@ class ColumnBlocks(HeadPattern):
     def select(self, view: View) -> Selection:
         mass, _ = view.mass(self.last_q)
         kept = view.ops.top_budget(mass, self.columns, None, self.sink, view.allowed)
-        pooled_q = view.ops.pool(view.q, view.q_order, None, view.heads, PARTS, False, view.prefix, view.queries, True)
+        pooled_q = view.ops.pool(view.q, view.q_order, None, view.heads, PARTS, False, view.prefix, view.queries)
 
-        def blocks(pooled_k: torch.Tensor) -> Blocks:
+        def blocks(clusters: torch.Tensor, weight: torch.Tensor) -> Blocks:
             return Blocks(
-                q=pooled_q, k=pooled_k, scale=view.scale, keep=self.blocks, coverage=None, sink=0,
-                local=-(-self.local // TILE), parts=PARTS,
+                q=pooled_q, k=clusters, scale=view.scale, keep=self.blocks, coverage=None, sink=0,
+                local=-(-self.local // TILE), parts=PARTS, weight=weight,
             )  # fmt: skip
 
         return Selection(columns=kept, columns_most=min(max(self.columns, self.sink), view.key_count), rest=blocks)

@@ -27,9 +27,9 @@ def _hulls(limits_ptr, start_ptr, reached_ptr, whole_ptr, s, segments, first, ro
 
 
 @triton.jit(do_not_specialize=["start_ptr", "first", "tiles", "q_tiles", "k_tiles", "all_tiles", "skip", "pitch"])
-def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segments, g, first, tiles, q_tiles, k_tiles,
-            all_tiles, skip, pitch, scale, PARTS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
-            COLUMNS: tl.constexpr, TILE: tl.constexpr):
+def _scores(q_ptr, k_ptr, weight_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segments, g, first, tiles, q_tiles,
+            k_tiles, all_tiles, skip, pitch, scale, PARTS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+            HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr):
     """Scores of a block of query and key tiles of one head; blocks that nobody reaches are left as they are."""
     block, member = tl.program_id(1), tl.program_id(2)
     r = member // g
@@ -55,6 +55,9 @@ def _scores(q_ptr, k_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segment
             if PARTS == 1:
                 score = product
             else:
+                if HAS_WEIGHT:
+                    where = (r.to(tl.int64) * k_tiles + n) * PARTS + pair % PARTS
+                    product += tl.load(weight_ptr + where, mask=n < k_tiles, other=0.0)[None, :]
                 top = tl.maximum(score, product)
                 mass = mass * tl.exp(score - top) + tl.exp(product - top)
                 score = top
@@ -155,10 +158,10 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
         pitch = triton.cdiv(most, COLUMNS) * COLUMNS
         score = torch.empty(orders * g, own, pitch, device=device)
         _scores[(triton.cdiv(own, rows), triton.cdiv(most, COLUMNS), orders * g)](
-            blocks.q, blocks.k, heads, group.start, reached, score, s, segments, g, first + skip, own,
-            blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale, PARTS=blocks.parts, D=size,
-            STEP=min(64 if half else 32, size), ROWS=rows, COLUMNS=COLUMNS, TILE=TILE,
-            num_warps=rows // 16 if blocks.parts == 1 else 8,
+            blocks.q, blocks.k, blocks.k if blocks.weight is None else blocks.weight, heads, group.start, reached,
+            score, s, segments, g, first + skip, own, blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale,
+            PARTS=blocks.parts, D=size, STEP=min(64 if half else 32, size), HAS_WEIGHT=blocks.weight is not None,
+            ROWS=rows, COLUMNS=COLUMNS, TILE=TILE, num_warps=rows // 16 if blocks.parts == 1 else 8,
         )  # fmt: skip
         block = max(512, triton.next_power_of_2(most))
         _choose[(own, orders * g)](

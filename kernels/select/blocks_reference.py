@@ -11,8 +11,16 @@ def scores(blocks: Blocks, first: int, last: int) -> torch.Tensor:
     """fp32 [G, M, Mks] of query tiles [first, last)."""
     query = blocks.q[:, first:last].float().chunk(blocks.parts, 2)
     keys = blocks.k.float().repeat_interleave(len(blocks.q) // len(blocks.k), 0).chunk(blocks.parts, 2)
-    pairs = [torch.einsum("gme,gne->gmn", q, k) * blocks.scale for q in query for k in keys]
-    return pairs[0] if len(pairs) == 1 else torch.stack(pairs).logsumexp(0)
+    weight = torch.zeros(*blocks.k.shape[:2], blocks.parts, device=blocks.k.device)
+    weight = weight if blocks.weight is None else blocks.weight
+    weights = weight.repeat_interleave(len(blocks.q) // len(blocks.k), 0)[:, None].unbind(3)  # [G, 1, Mks] each
+    score: torch.Tensor | None = None
+    for q in query:
+        for k, w in zip(keys, weights, strict=True):
+            product = torch.einsum("gme,gne->gmn", q, k) * blocks.scale + w
+            score = product if score is None else torch.logaddexp(score, product)
+    assert score is not None
+    return score
 
 
 def best_blocks(blocks: Blocks, first: int, last: int, reached: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,7 @@ def kept(
         columns = {allowed[i] for i in best(column, recipe.get("columns", 1000), coverage, sink)}
         if kind == "column_blocks":
             budgets = {"sink": 0, "blocks": recipe["blocks"], "local": recipe["local"]}
-            return Kept(columns=columns, blocks=budgets | {"score": "quarters"})
+            return Kept(columns=columns, blocks=budgets | {"score": "clusters"})
         bucket = np.zeros(-(-prompt.keys // BUCKET))
         for row, weight in zip(rows, prompt.weights(head, rows, everything), strict=True):
             for n in range(row + 1):
@@ -202,34 +202,43 @@ def tiled(prompt: Prompt, head: int, parts: list[tuple[str | None, Kept]], q_ord
     return out
 
 
-def quarters(x: Any, rows: list[int]) -> Any:
-    """[4, D]: means of the tile's runs of 32 rows; of one that has none, the mean of all."""
-    runs = [rows[n : n + TILE // 4] or rows for n in range(0, TILE, TILE // 4)]
-    return np.stack([x[run].mean(0) for run in runs])
+def runs(x: Any, rows: list[int], parts: int) -> Any:
+    """[parts, D]: means of the tile's runs of neighbouring rows; of one that has none, the mean of all."""
+    size = TILE // parts
+    return np.stack([x[rows[n : n + size] or rows].mean(0) for n in range(0, TILE, size)])
+
+
+def clusters(x: Any, rows: list[int]) -> list[tuple[int, Any]]:
+    """(number, mean) of up to four groups: rows nearest to the mean, and to each row furthest from all before it."""
+    centres = [x[rows].mean(0)]
+    for _ in range(3):
+        apart = [min(float(((x[row] - c) ** 2).sum()) for c in centres) for row in rows]
+        centres.append(x[rows[int(np.argmax(apart))]])
+    nearest = [int(np.argmin([float(((x[row] - c) ** 2).sum()) for c in centres])) for row in rows]
+    groups = [[row for row, own in zip(rows, nearest, strict=True) if own == n] for n in range(4)]
+    return [(len(group), x[group].mean(0)) for group in groups if group]
 
 
 def top_blocks(
     prompt: Prompt, head: int, recipe: dict[str, Any], q_tile: list[int], tiles: list[list[int]]
 ) -> set[int]:
-    """Key tiles of best pooled, quarters' or antidiagonal score for one query tile."""
-    stride = 16 if recipe.get("score") == "antidiagonal" else 1
+    """Key tiles of best pooled, clusters' or antidiagonal score for one query tile."""
     share = prompt.q.shape[1] // prompt.k.shape[1]
     reached = [n for n, tile in enumerate(tiles) if tile[0] <= max(q_tile)]
     score = []
     for n in reached:
-        if recipe.get("score") == "quarters":
-            mean_q = quarters(prompt.q[:, head], [i - prompt.prefix for i in q_tile])
-            logits = mean_q @ quarters(prompt.k[:, head // share], tiles[n]).T * prompt.scale
-            score.append(float(np.log(np.exp(logits - logits.max()).sum()) + logits.max()))
-            continue
-        total = 0.0
-        for r in range(stride):
-            qs = [i for at, i in enumerate(q_tile) if at % stride == r]
-            ks = [j for at, j in enumerate(tiles[n]) if at % stride == stride - 1 - r]
-            if qs and ks:
-                mean_q = prompt.q[[i - prompt.prefix for i in qs], head].mean(0)
-                total += float(mean_q @ prompt.k[ks, head // share].mean(0))
-        score.append(total * prompt.scale / stride)
+        x, y = prompt.q[:, head], prompt.k[:, head // share]
+        q_rows = [i - prompt.prefix for i in q_tile]
+        number: Any = 1
+        if recipe.get("score") == "clusters":
+            number, mean_k = zip(*clusters(y, tiles[n]), strict=True)
+            logits = runs(x, q_rows, 4) @ np.stack(mean_k).T * prompt.scale
+        elif recipe.get("score") == "antidiagonal":
+            queries, backwards = runs(x, q_rows, TILE), runs(y, tiles[n], TILE)[::-1]
+            logits = queries.reshape(8, -1) @ backwards.reshape(8, -1).T * prompt.scale / 16
+        else:
+            logits = runs(x, q_rows, 1) @ runs(y, tiles[n], 1).T * prompt.scale
+        score.append(float(np.log((np.array(number) * np.exp(logits - logits.max())).sum()) + logits.max()))
     weight = np.exp(np.array(score) - max(score, default=0.0))
     local = -(-recipe.get("local", 256) // TILE)
     forced = set(range(min(-(-recipe.get("sink", 128) // TILE), len(reached))))

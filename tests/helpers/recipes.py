@@ -41,7 +41,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "grid_horizontal": FRAME | {"vertical": False, "lines": 2, "sink": 0, "local": 30, "last_q": 33},
     "grid_auto": FRAME | {"stride": "auto", "text": False, "horizontal": False},
     "block_topk": BLOCKS,
-    "block_topk_quarters": BLOCKS | {"score": "quarters", "coverage": 0.9},
+    "block_topk_clusters": BLOCKS | {"score": "clusters", "coverage": 0.9},
     "block_topk_antidiagonal": BLOCKS | {"score": "antidiagonal", "coverage": 0.9},
     "column_blocks": COLUMN_BLOCKS,
 }

@@ -15,11 +15,14 @@ if not torch.cuda.is_available():
 
 from mm_sglang.kernels.estimate import blocks_gpu as estimate_gpu
 from mm_sglang.kernels.estimate import blocks_reference as estimate
-from mm_sglang.kernels.patterns import Dense
+from mm_sglang.kernels.layout import TokenLayout
+from mm_sglang.kernels.ops import reference_ops
+from mm_sglang.kernels.patterns import BlockTopK, Dense
 from mm_sglang.kernels.permute.reference import key_order
-from mm_sglang.kernels.plan import PAD, TILE, Blocks, HeadGroup, Segment, TileLists
+from mm_sglang.kernels.plan import EMPTY, PAD, PARTS, TILE, Blocks, HeadGroup, Segment, TileLists
+from mm_sglang.kernels.prefill import make_plan
 from mm_sglang.kernels.select import blocks_gpu
-from mm_sglang.kernels.select.blocks_reference import best_blocks
+from mm_sglang.kernels.select.blocks_reference import best_blocks, scores
 from mm_sglang.kernels.tiles import reference as tiles
 
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, Triton's interpreter is off")
@@ -59,48 +62,41 @@ def orders(rows: int, base: int, count: int, tiles: int) -> torch.Tensor:
 
 
 def pooled(
-    x: torch.Tensor, order: list[list[int]], slots: list[int] | None, heads: Any, stride: int, reverse: bool, base: int,
-    runs: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, order: list[list[int]], slots: list[int] | None, heads: Any, parts: int, reverse: bool, base: int
+) -> torch.Tensor:
     """What `pool` promises, row by row, fp64."""
-    out = torch.zeros(sum(map(len, heads)), len(order[0]) // TILE, stride, x.shape[2], dtype=torch.float64)
-    member = 0
+    out = torch.zeros(sum(map(len, heads)), len(order[0]) // TILE, parts, x.shape[2], dtype=torch.float64)
+    member, long = 0, TILE // parts
     for r, row in enumerate(heads):
         for head in row:
             for m in range(len(order[r]) // TILE):
-                for residue in range(stride):
-                    tile, long = order[r][m * TILE : (m + 1) * TILE], TILE // stride
-                    own = tile[residue * long : (residue + 1) * long] if runs else tile[residue::stride]
-                    at = [p for p in own if p != PAD]
-                    if runs and not at:
-                        at = [p for p in tile if p != PAD]
+                tile = order[r][m * TILE : (m + 1) * TILE]
+                for part in range(parts):
+                    run = [p for p in tile[part * long : (part + 1) * long] if p != PAD]
+                    at = run or [p for p in tile if p != PAD]
                     if head >= 0 and at:
                         rows = [p - base if slots is None else slots[p] for p in at]
-                        place = stride - 1 - residue if reverse else residue
+                        place = parts - 1 - part if reverse else part
                         out[member, m, place] = x[rows, head].double().mean(0)
             member += 1
     return out.flatten(2)
 
 
-@pytest.mark.parametrize(
-    "stride, reverse, runs",
-    [(1, False, False), (16, False, False), (16, True, False), (128, True, False), (4, False, True), (1, False, True)],
-)
+@pytest.mark.parametrize("parts, reverse", [(1, False), (4, False), (16, True), (TILE, False), (TILE, True)])
 @pytest.mark.parametrize("heads", GQA.values(), ids=GQA)
 @pytest.mark.parametrize("gathered", [False, True])
 @DTYPES
 def test_pool(
-    device: str, dtype: torch.dtype, gathered: bool, heads: tuple[tuple[int, ...], ...], stride: int, reverse: bool,
-    runs: bool,
-) -> None:  # fmt: skip
+    device: str, dtype: torch.dtype, gathered: bool, heads: tuple[tuple[int, ...], ...], parts: int, reverse: bool
+) -> None:
     """Queries [base, base + count) of a chunk, strided in memory; in order, or gathered with gaps."""
     base, count = 300, 261
     x = torch.randn(16, count, 48, generator=generator(1)).to(dtype)[..., 16:32].transpose(0, 1)
     order = orders(len(heads), base, count, 5) if gathered else None
     rows = list(range(base, base + count)) + [PAD] * (3 * TILE - count)
     positions = [rows] * len(heads) if order is None else order.tolist()
-    want = pooled(x, positions, None, heads, stride, reverse, base, runs)
-    arguments = (None, heads, stride, reverse, base, count, runs)
+    want = pooled(x, positions, None, heads, parts, reverse, base)
+    arguments = (None, heads, parts, reverse, base, count)
     rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2**-7, 1e-3)
     for module, where in ((estimate, "cpu"), (estimate_gpu, device)):
         got = module.pool(x.to(where), order if order is None else order.to(where), *arguments)
@@ -125,15 +121,83 @@ def test_pool_reads_a_paged_pool(device: str, gathered: bool) -> None:
         torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stride", [1, 8, 16])
-def test_a_score_is_the_mean_of_the_tiles_antidiagonals(stride: int) -> None:
-    q, k = torch.randn(2, 2 * TILE, 1, 32, generator=generator(4))
-    pooled_q = estimate.pool(q, None, None, ((0,),), stride, False, 0, 2 * TILE)[0]
-    pooled_k = estimate.pool(k, None, None, ((0,),), stride, True, 0, 2 * TILE)[0]
-    i = torch.arange(TILE)
-    on = (i[:, None] + i[None]) % stride == stride - 1
-    products = (q[:, 0] @ k[:, 0].T).view(2, TILE, 2, TILE).transpose(1, 2)
-    torch.testing.assert_close(pooled_q @ pooled_k.T / stride, products[:, :, on].mean(2), rtol=1e-4, atol=1e-5)
+def grouped(x: torch.Tensor, order: list[list[int]], slots: list[int] | None, heads: Any) -> tuple[Any, Any, float]:
+    """What `clusters` promises, row by row, fp64; and the least share by which any of its decisions was made."""
+    means = torch.zeros(len(heads), len(order[0]) // TILE, PARTS, x.shape[2], dtype=torch.float64)
+    numbers, margin = torch.full(means.shape[:3], EMPTY, dtype=torch.float64), math.inf
+    for r, head in enumerate(heads):
+        for m in range(len(order[r]) // TILE):
+            at = [p if slots is None else slots[p] for p in order[r][m * TILE : (m + 1) * TILE] if p != PAD]
+            if not at:
+                continue
+            rows = x[at, head].double()
+            apart = [(rows - rows.mean(0)).square().sum(1)]
+            for _ in range(PARTS - 1):
+                nearest = torch.stack(apart).amin(0)
+                far = nearest.argmax()
+                others = nearest[nearest != nearest[far]]  # equal ones are exactly so, and the first is meant
+                if len(others):
+                    margin = min(margin, float(1 - others.max() / nearest[far]))
+                apart.append((rows - rows[far]).square().sum(1))
+            distance = torch.stack(apart)
+            first, second = distance.topk(2, 0, largest=False).values
+            margin = min(margin, float(torch.where(second > first, 1 - first / second, 1.0).min()))
+            for part in range(PARTS):
+                own = rows[distance.argmin(0) == part]
+                if len(own):
+                    means[r, m, part], numbers[r, m, part] = own.mean(0), math.log(len(own))
+    return means.flatten(2), numbers, margin
+
+
+@pytest.mark.parametrize("count", [261, 384, 1])
+@pytest.mark.parametrize("gathered", [False, True])
+@DTYPES
+def test_clusters(device: str, dtype: torch.dtype, gathered: bool, count: int) -> None:
+    """Keys [0, count) in rows of a paged pool whose others are NaN; some stand out, some are equal."""
+    heads = (2, 0)
+    slots = torch.randperm(1000, generator=generator(2))[:count].int()
+    own = torch.randn(count, 3, 16, generator=generator(20 + count))
+    own[torch.randperm(count, generator=generator(3))[: count // 40]] *= 6.0
+    own[: count // 3] = (own[0] * 8).round() / 8  # the mean of as many is exact
+    x = torch.full((1000, 3, 16), float("nan"), dtype=dtype)
+    x[slots.long()] = own.to(dtype)
+    order = orders(2, 0, count, 4 if count < 300 else 5) if gathered else None
+    positions = [[*range(count), *[PAD] * (-count % TILE)]] * 2 if order is None else order.tolist()
+    want, numbers, margin = grouped(x, positions, slots.tolist(), heads)
+    assert margin > 1e-5  # no rounding of fp32 can move a row
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2**-7, 1e-3)
+    for module, where in ((estimate, "cpu"), (estimate_gpu, device)):
+        moved = None if order is None else order.to(where)
+        means, logs = module.clusters(x.to(where), moved, slots.to(where), heads, count)
+        assert means.dtype == dtype and logs.dtype == torch.float32
+        torch.testing.assert_close(means.cpu().double(), want, rtol=rtol, atol=atol)
+        torch.testing.assert_close(logs.cpu().double(), numbers, rtol=1e-6, atol=1e-6)
+
+
+@DEVICES
+def test_what_stands_alone_in_a_tile_has_a_cluster_of_its_own(device: str) -> None:
+    k = torch.randn(TILE, 1, 32, generator=generator(21)) * 0.1
+    k[70] += 3.0
+    for module, where in ((estimate, "cpu"), (estimate_gpu, device)):
+        means, logs = module.clusters(k.to(where), None, None, (0,), TILE)
+        alone = (logs.cpu() == 0.0)[0, 0].nonzero()[:, 0].tolist()
+        assert any(torch.equal(means.cpu().view(PARTS, 32)[n], k[70, 0]) for n in alone)
+        assert logs.cpu().exp().sum() == pytest.approx(TILE)
+
+
+def test_an_antidiagonal_score_is_xattentions() -> None:
+    """Logits of every 16 queries and keys, their antidiagonal's mean, summed up in a softmax by tile of keys."""
+    q, k = torch.randn(3 * TILE, 1, 32, generator=generator(4)), torch.randn(3 * TILE, 1, 32, generator=generator(5))
+    plan = make_plan(
+        q, k, layout=TokenLayout(items=(), length=3 * TILE), patterns=[BlockTopK(score="antidiagonal", sink=0)],
+        scale=0.5, ops=reference_ops(),
+    )  # fmt: skip
+    blocks = plan.groups[0].segments[0].blocks
+    assert blocks is not None
+    i = torch.arange(16)
+    products = (q[:, 0] @ k[:, 0].T * 0.5).view(3, 8, 16, 3, 8, 16)[:, :, i, :, :, 15 - i].mean(0)  # [3, 8, 3, 8]
+    want = products.exp().sum((1, 3)).log()
+    torch.testing.assert_close(scores(blocks, 0, 3)[0], want, rtol=1e-4, atol=1e-5)
 
 
 def choice(score: list[float], keep: int, coverage: float | None, sink: int, local: int) -> tuple[set[int], float]:
@@ -165,6 +229,12 @@ def blocks_of(group_heads: int, rows: int, q_tiles: int, k_tiles: int, **budget:
     if k_tiles > 4:
         k[:, 3] = k[:, 1]  # equal scores for sure
     default: dict[str, Any] = dict(scale=0.125, keep=4, coverage=None, sink=1, local=1)
+    if "parts" in budget:
+        number = torch.randint(0, 9, (rows, k_tiles, budget["parts"]), generator=generator(12))
+        number[:, 5:6] = 0
+        default["weight"] = torch.where(number > 0, number.clamp(min=1).log(), EMPTY)
+        if k_tiles > 4:
+            default["weight"][:, 3] = default["weight"][:, 1]
     return Blocks(**default | budget, q=integers(group_heads, q_tiles, size, seed=5), k=k)
 
 
@@ -178,7 +248,8 @@ def choices(blocks: Blocks, reached: list[list[int]], g: int, first: int) -> tup
             size = blocks.k.shape[2] // blocks.parts
             k = blocks.k[r, :seen].double().view(seen, 1, blocks.parts, size)
             q = blocks.q[member, first + m].double().view(blocks.parts, 1, size)
-            score = ((q * k).sum(3) * blocks.scale).flatten(1).logsumexp(1)  # [seen, parts, parts] before
+            weight = 0.0 if blocks.weight is None else blocks.weight[r, :seen].double()[:, None]
+            score = ((q * k).sum(3) * blocks.scale + weight).flatten(1).logsumexp(1)  # [seen, parts, parts] before
             taken, margin = choice(score.tolist(), blocks.keep, blocks.coverage, blocks.sink, blocks.local)
             rows.append(taken)
             least = min(least, margin)
@@ -197,8 +268,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "coverage of equals": dict(keep=10**6, coverage=0.37, scale=0.0, sink=0, local=0),
     "coverage by the forced": dict(keep=10**6, coverage=0.001, scale=0.0625),
     "coverage and count": dict(keep=3, coverage=0.95, local=0),
-    "quarters": dict(keep=4, parts=4),
-    "quarters, coverage": dict(keep=10**6, coverage=0.83, sink=0, parts=4),
+    "clusters": dict(keep=4, parts=4),
+    "antidiagonals": dict(keep=4, parts=8, weight=None),
+    "clusters, coverage": dict(keep=10**6, coverage=0.83, sink=0, parts=4),
 }
 
 
@@ -262,7 +334,9 @@ def moved(group: HeadGroup, device: str, dtype: torch.dtype) -> HeadGroup:
 
     def segment(s: Segment) -> Segment:
         b = s.blocks
-        return s if b is None else Segment(blocks=replace(b, q=b.q.to(device, dtype), k=b.k.to(device, dtype)))
+        if b is None:
+            return s
+        return Segment(blocks=replace(b, q=b.q.to(device, dtype), k=b.k.to(device, dtype), weight=to(b.weight)))
 
     return replace(
         group, q_order=to(group.q_order), k_order=to(group.k_order), start=to(group.start), rank=to(group.rank),
@@ -413,6 +487,7 @@ def test_nothing_waits_for_the_device() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         blocks_gpu.append_blocks(group, s, lists, 0, 4)
-        estimate_gpu.pool(x, order, None, group.heads, 16, False, 1000, 500)
+        estimate_gpu.pool(x, order, None, group.heads, 4, False, 1000, 500)
+        estimate_gpu.clusters(x, None, None, group.kv_head, 500)
     finally:
         torch.cuda.set_sync_debug_mode("default")
