@@ -59,7 +59,7 @@ def choose(
     out: torch.Tensor | None = None,
     learnt: dict[HeadPattern, float] | None = None,
 ) -> Choice:
-    """The candidate of best recall for each head, with budgets at which it computes `density` of the dense tiles.
+    """The candidate of best recall for each head, with budgets at which all compute `density` of the dense tiles.
 
     Waits for the device, ROUNDS + 1 times at most. It plans each candidate up to ROUNDS times and attends 8 tiles
     of queries for each of them and for dense attention.
@@ -84,8 +84,7 @@ def choose(
     affordable = [t for t in tries if t.cost <= SLACK * density] or [min(tries, key=lambda t: t.cost)]
     dense = sample.lse(sample.plan(Dense()))
     held = torch.stack([recall(sample.lse(t.plan), dense) for t in affordable]).cpu()  # [C, H]
-    cost = torch.tensor([t.by_head for t in affordable])
-    best = (held.round(decimals=3) - 1e-3 * cost).argmax(0).tolist()  # of equal recall the cheapest for that head
+    best = _best(held, torch.tensor([t.by_head for t in affordable]), SLACK * density)
     return Choice(
         recipes=tuple(affordable[c].pattern for c in best),
         recall=tuple(float(held[c, h]) for h, c in enumerate(best)),
@@ -181,6 +180,24 @@ def _tokens(pattern: HeadPattern) -> float:
     if isinstance(pattern, ColumnBlocks):
         return pattern.columns + 2.0 * TILE * pattern.blocks
     return 2.0 * pattern.local if isinstance(pattern, AShape | Grid) else 1.0
+
+
+def _best(held: torch.Tensor, cost: torch.Tensor, most: float) -> list[int]:
+    """By head the candidate of greatest recall, at a price for cost so low that the mean cost is `most` at most.
+
+    Each candidate keeps to the density over all heads together, but a head takes the one that costs most for it, where
+    more tiles hold more. Without a price, still the cheapest of equal recall.
+
+    Args:
+        held, cost: recall and share of dense tiles, [C, H].
+    """
+    held = held.round(decimals=3)
+    for price in (1e-3 * 1.5**step for step in range(40)):  # up to where recall counts for nothing
+        best = (held - price * cost).argmax(0)
+        if cost.gather(0, best[None]).mean() <= most:
+            break
+    chosen: list[int] = best.tolist()
+    return chosen
 
 
 def _has_sense(pattern: HeadPattern, layout: TokenLayout) -> bool:

@@ -71,9 +71,10 @@ class Blocks:
     """Block scores still to be chosen from: pooled queries [G, Mq, E] and pooled keys [R, Mks, E] of one segment.
 
     Per query tile, the `keep` key tiles of greatest score q . k * scale (softmax over the tiles it may see), fewer if
-    a share `coverage` of that softmax is reached before; the segment's first `sink` tiles and the `local` tiles that
-    end at the query's own are forced, and count. With several `parts`, E holds a row for each: then the score is the
-    log-sum-exp of q_a . k_b * scale + weight_b over all pairs of them; weight fp32 [R, Mks, parts], None: zeros.
+    a share `coverage` of that softmax is reached before, and none that holds less than `least` of it; the segment's
+    first `sink` tiles and the `local` tiles that end at the query's own are forced, and count. With several `parts`, E
+    holds a row for each: then the softmax is the mean of those of all parts of queries, each over
+    logsumexp_b(q_a . k_b * scale + weight_b), and the score its logarithm; weight fp32 [R, Mks, parts], None: zeros.
     """
 
     q: torch.Tensor
@@ -85,6 +86,7 @@ class Blocks:
     local: int
     parts: int = 1
     weight: torch.Tensor | None = None
+    least: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

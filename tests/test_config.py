@@ -87,6 +87,7 @@ SLASH: dict[str, Any] = {"pattern": "vertical_slash"}
         ({"default": SLASH | {"coverage": 1.5}}, "coverage=1.5: needs a number above 0"),
         ({"default": {"pattern": "block_topk", "blocks": 0}}, "blocks=0: needs a whole number"),
         ({"default": {"pattern": "block_topk", "score": "mean"}}, "score='mean': needs one of"),
+        ({"default": {"pattern": "block_topk", "least": 2}}, "least=2: needs a number from 0 to 1"),
         ({"default": SLASH | {"boundary": "x"}}, "boundary='x': needs one of"),
         ({"default": {"pattern": "grid", "stride": 7}}, "stride=7: needs one of"),
         ({"default": {"pattern": "grid", "vertical": False, "horizontal": False}}, "needs one of them true"),

@@ -84,7 +84,12 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, name: str, sampled: 
     (group,) = plan.groups
     (segment,) = group.segments
     assert segment.blocks is not None and group.members == list(range(q.shape[1]))
-    return [scores(segment.blocks, tile, tile + 1)[:, 0, : tile + 1] for tile in sampled]
+    number = torch.arange(segment.blocks.k.shape[1], device=q.device)
+    visible = [(number <= tile).expand(q.shape[1], 1, -1) for tile in sampled]
+    return [
+        scores(segment.blocks, tile, tile + 1, seen)[:, 0, : tile + 1]
+        for tile, seen in zip(sampled, visible, strict=True)
+    ]
 
 
 def _held(mass: list[torch.Tensor], order: list[torch.Tensor], density: float) -> float:

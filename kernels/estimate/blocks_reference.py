@@ -1,14 +1,14 @@
 """Block scores: one number for each tile of queries and keys, from pooled rows (MInference, FlexPrefill, XAttention).
 
-A tile's rows stand in parts of queries and parts of keys, every pair of which has a product; the score is their
-log-sum-exp, which is what the tile's own products would give if all members of a part were alike.
+A tile's rows stand in parts of queries and parts of keys, every pair of which has a product. What comes of them, the
+mean softmax of the parts of queries over the sums of their tiles (plan.Blocks), is what the tile's own products would
+give if all members of a part were alike.
 
 - One part each, the mean: mean query . mean key.
 - By clusters: queries in plan.PARTS runs of neighbouring rows, keys in as many groups of like ones. Runs would do for
   keys that are like their neighbours; what is looked up stands alone.
 - By antidiagonals (XAttention, arXiv 2503.16428): parts of 16 rows, kept whole, those of keys in falling order. The
-  product of two, over 16, is the mean of an antidiagonal of their 16 x 16. XAttention's softmax comes before its sum
-  over a tile's queries, ours after: it kept up to 0.008 more of the attention of four prompts at 16K and one at 64K.
+  product of two, over 16, is the mean of an antidiagonal of their 16 x 16.
 """
 
 from __future__ import annotations

@@ -21,17 +21,20 @@ class BlockTopK(HeadPattern):
         blocks: key tiles kept a query tile at most, sink and local ones among them. Default: 64.
         coverage: share of the tile scores' softmax at which it stops short of the count; none: the count alone
             decides. Default: none.
+        least: a tile is left out if its share of that softmax is under `least` / `blocks`, so that query tiles and
+            heads that need few leave room for more `blocks` at the same cost; 0: none is. Default: 0.
         sink: first positions that are always kept, in tokens. Default: 128.
         local: nearest positions that are always kept, in tokens, at least 1. Default: 256.
-        score: "pooled" (mean query times mean key), "clusters" (log-sum-exp over the means of 32 neighbouring queries
-            and of four groups of like keys, 16 times the products) or "antidiagonal" (XAttention with stride 16, 1024
-            times the products of "pooled"). Default: "pooled".
+        score: "pooled" (mean query times mean key), "clusters" (the means of 32 neighbouring queries times those of
+            four groups of like keys, 16 times the products) or "antidiagonal" (XAttention with stride 16, 1024 times
+            the products). Default: "pooled".
     """
 
     kind: ClassVar[str] = "block_topk"
     budgets: ClassVar[tuple[str, ...]] = ("blocks",)
     blocks: int = 64
     coverage: float | None = None
+    least: float = 0.0
     sink: int = 128
     local: int = 256
     score: str = "pooled"
@@ -40,6 +43,8 @@ class BlockTopK(HeadPattern):
         require_at_least(self, 0, "sink")
         require_at_least(self, 1, "blocks", "local")
         require_coverage(self, self.coverage)
+        if not isinstance(self.least, int | float) or isinstance(self.least, bool) or not 0 <= self.least <= 1:
+            raise ValueError(f"block_topk: least={self.least!r}: needs a number from 0 to 1")
         if self.score not in SCORES:
             raise ValueError(f"block_topk: score={self.score!r}: needs one of {SCORES}")
 
@@ -58,6 +63,6 @@ class BlockTopK(HeadPattern):
         return Selection(
             blocks=Blocks(
                 q=queries, k=keys, scale=scale, keep=self.blocks, coverage=self.coverage, sink=-(-self.sink // TILE),
-                local=-(-self.local // TILE), parts=parts, weight=weight,
+                local=-(-self.local // TILE), parts=parts, weight=weight, least=self.least / self.blocks,
             )
         )  # fmt: skip

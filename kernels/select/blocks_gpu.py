@@ -30,7 +30,8 @@ def _hulls(limits_ptr, start_ptr, reached_ptr, whole_ptr, s, segments, first, ro
 def _scores(q_ptr, k_ptr, weight_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr, s, segments, g, first, tiles, q_tiles,
             k_tiles, all_tiles, skip, pitch, scale, PARTS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
             HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr):
-    """Scores of a block of query and key tiles of one head; blocks that nobody reaches are left as they are."""
+    """Scores of a block of query and key tiles of one head, by part of the queries and not normalised yet; blocks that
+    nobody reaches are left as they are."""
     block, member = tl.program_id(1), tl.program_id(2)
     r = member // g
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -41,37 +42,39 @@ def _scores(q_ptr, k_ptr, weight_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr
     if block * COLUMNS < reached:
         q_row = (member.to(tl.int64) * q_tiles + first + m) * (PARTS * D)
         k_row = (r.to(tl.int64) * k_tiles + n) * (PARTS * D)
-        score = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
-        mass = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for pair in range(PARTS * PARTS):
-            product = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for offset in range(0, D, STEP):
-                e = offset + tl.arange(0, STEP)
-                q_at, k_at = pair // PARTS * D + e, pair % PARTS * D + e
-                q = tl.load(q_ptr + q_row[:, None] + q_at[None, :], mask=(m < tiles)[:, None], other=0.0)
-                k = tl.load(k_ptr + k_row[None, :] + k_at[:, None], mask=(n < k_tiles)[None, :], other=0.0)
-                product += tl.dot(q, k, input_precision="ieee")  # fp32 inputs would be rounded to tf32 otherwise
-            product *= scale
-            if PARTS == 1:
-                score = product
-            else:
+        for own in range(PARTS):
+            score = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+            mass = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for part in range(PARTS):
+                product = tl.zeros([ROWS, COLUMNS], tl.float32)
+                for offset in range(0, D, STEP):
+                    e = offset + tl.arange(0, STEP)
+                    q_at, k_at = own * D + e, part * D + e
+                    q = tl.load(q_ptr + q_row[:, None] + q_at[None, :], mask=(m < tiles)[:, None], other=0.0)
+                    k = tl.load(k_ptr + k_row[None, :] + k_at[:, None], mask=(n < k_tiles)[None, :], other=0.0)
+                    product += tl.dot(q, k, input_precision="ieee")  # fp32 would be rounded to tf32 otherwise
+                product *= scale
                 if HAS_WEIGHT:
-                    where = (r.to(tl.int64) * k_tiles + n) * PARTS + pair % PARTS
+                    where = (r.to(tl.int64) * k_tiles + n) * PARTS + part
                     product += tl.load(weight_ptr + where, mask=n < k_tiles, other=0.0)[None, :]
-                top = tl.maximum(score, product)
-                mass = mass * tl.exp(score - top) + tl.exp(product - top)
-                score = top
-        if PARTS > 1:
-            score += tl.log(mass)
-        out = (member.to(tl.int64) * tiles + m)[:, None] * pitch + n[None, :]
-        tl.store(out_ptr + out, score, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
+                if PARTS == 1:
+                    score = product
+                else:
+                    top = tl.maximum(score, product)
+                    mass = mass * tl.exp(score - top) + tl.exp(product - top)
+                    score = top
+            if PARTS > 1:
+                score += tl.log(mass)
+            out = ((member.to(tl.int64) * tiles + m) * PARTS + own)[:, None] * pitch + n[None, :]
+            tl.store(out_ptr + out, score, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
 
 
 @triton.jit(do_not_specialize=["start_ptr", "k_tiles", "all_tiles", "skip", "pitch", "keep", "sink", "local", "width",
                                "partial_width"])
 def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_ptr, full_ptr, partial_count_ptr,
-            partial_ptr, s, segments, g, k_tiles, all_tiles, skip, pitch, keep, coverage, sink, local, width,
-            partial_width, HAS_COVERAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+            partial_ptr, s, segments, g, k_tiles, all_tiles, skip, pitch, keep, coverage, least, sink, local, width,
+            partial_width, HAS_COVERAGE: tl.constexpr, HAS_LEAST: tl.constexpr, PARTS: tl.constexpr,
+            BLOCK: tl.constexpr, TILE: tl.constexpr):
     """One query tile of one head: bisect for the threshold in the scores' bits, then append in ascending order."""
     m, member = tl.program_id(0), tl.program_id(1)
     r = member // g
@@ -82,17 +85,31 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
     visible = n < seen
     pitch = tl.multiple_of(pitch, 16)
     # The mask is not `visible`: `pitch` is a multiple of 16, so loads stay wide; what was never written is dropped.
-    score = tl.load(score_ptr + (member.to(tl.int64) * tl.num_programs(0) + m) * pitch + n, mask=n < pitch, other=0.0)
-    score = tl.where(visible, tl.where(score == 0.0, 0.0, score), float("-inf"))  # -0.0 is no less than 0.0
+    row = score_ptr + (member.to(tl.int64) * tl.num_programs(0) + m) * PARTS * pitch + n
+    score = tl.full([BLOCK], float("-inf"), tl.float32)
+    for part in range(PARTS):
+        own = tl.where(visible, tl.load(row + part * pitch, mask=n < pitch, other=0.0), float("-inf"))
+        if PARTS == 1:
+            score = own
+        else:
+            highest = tl.maximum(tl.max(own, 0), -3.0e38)  # a row without tiles has a maximum of -inf
+            own -= highest + tl.log(tl.maximum(tl.sum(tl.exp(own - highest), 0), 1e-30))
+            top = tl.maximum(score, own)
+            score = tl.where(visible, top + tl.log(tl.exp(score - top) + tl.exp(own - top)), float("-inf"))
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 is no less than 0.0
     forced = visible & ((n < sink) | (n >= seen - local))
     free = visible & (forced == 0)
+    if HAS_COVERAGE or HAS_LEAST:
+        mass = tl.exp(score - tl.maximum(tl.max(score, 0), -3.0e38))
+        total = tl.sum(mass, 0)
+    if HAS_LEAST:
+        free = free & (mass >= least * total)
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered like the scores
     key = tl.where(free, key, -2147483648)  # below every score's
     room = tl.maximum(keep - tl.sum(forced.to(tl.int32), 0), 0)
     if HAS_COVERAGE:
-        mass = tl.exp(score - tl.maximum(tl.max(score, 0), -3.0e38))  # a row without tiles has a maximum of -inf
-        need = coverage * tl.sum(mass, 0) - tl.sum(tl.where(forced, mass, 0.0), 0)
+        need = coverage * total - tl.sum(tl.where(forced, mass, 0.0), 0)
     # The threshold: the greatest key at or above which there are enough. `low` has enough or is below all keys.
     low = tl.full([], -2147483648, tl.int32)
     high = tl.max(key, 0)
@@ -146,7 +163,7 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
     _hulls[(tiles, orders)](
         group.limits, group.start, reached, whole, s, segments, first, group.limits.shape[2], TILE=TILE, num_warps=1
     )
-    step = max(1, SCRATCH // (4 * orders * g * triton.cdiv(k_tiles, COLUMNS) * COLUMNS))
+    step = max(1, SCRATCH // (4 * orders * g * blocks.parts * triton.cdiv(k_tiles, COLUMNS) * COLUMNS))
     step = step // ROWS * ROWS or step
     rows = ROWS if min(step, tiles) > ROWS // 2 and blocks.parts == 1 else ROWS // 2  # parts need registers for a sum
     half = blocks.q.element_size() == 2
@@ -156,7 +173,7 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
         if group.q_order is None:  # no query tile of this slice sees more keys than there are up to its last position
             most = min(k_tiles, -(-(group.prefix + (first + skip + own) * TILE) // TILE))
         pitch = triton.cdiv(most, COLUMNS) * COLUMNS
-        score = torch.empty(orders * g, own, pitch, device=device)
+        score = torch.empty(orders * g, own, blocks.parts, pitch, device=device)
         _scores[(triton.cdiv(own, rows), triton.cdiv(most, COLUMNS), orders * g)](
             blocks.q, blocks.k, blocks.k if blocks.weight is None else blocks.weight, heads, group.start, reached,
             score, s, segments, g, first + skip, own, blocks.q.shape[1], k_tiles, tiles, skip, pitch, blocks.scale,
@@ -167,7 +184,8 @@ def append_blocks(group: HeadGroup, s: int, lists: TileLists, first: int, last: 
         _choose[(own, orders * g)](
             score, heads, group.start, reached, whole, lists.full_count, lists.full_index, lists.partial_count,
             lists.partial_index, s, segments, g, k_tiles, tiles, skip, pitch, blocks.keep,
-            0.0 if blocks.coverage is None else blocks.coverage, blocks.sink, blocks.local, lists.full_index.shape[2],
-            lists.partial_index.shape[2], HAS_COVERAGE=blocks.coverage is not None, BLOCK=block, TILE=TILE,
+            0.0 if blocks.coverage is None else blocks.coverage, blocks.least, blocks.sink, blocks.local,
+            lists.full_index.shape[2], lists.partial_index.shape[2], HAS_COVERAGE=blocks.coverage is not None,
+            HAS_LEAST=blocks.least > 0, PARTS=blocks.parts, BLOCK=block, TILE=TILE,
             num_warps=min(32, max(1, block // 512)), maxnreg=64,  # 32 warps of it an SM, for a few spills at the end
         )  # fmt: skip

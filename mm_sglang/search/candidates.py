@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "grid frame": FRAME,
     "grid frame, both lines": FRAME | {"horizontal": True},
     "grid row": ROW,
-    "block_topk": {"pattern": "block_topk", "blocks": 32, "score": "clusters"},
+    "block_topk": {"pattern": "block_topk", "blocks": 64, "least": 0.1, "score": "clusters"},
     "columns and blocks": {"pattern": "column_blocks", "columns": 1000, "blocks": 16},
     "k vertical_slash": SLASH | {"boundary": "k"},
     "q vertical_slash": SLASH | {"boundary": "q"},

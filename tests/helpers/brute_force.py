@@ -225,10 +225,12 @@ def top_blocks(
     """Key tiles of best pooled, clusters' or antidiagonal score for one query tile."""
     share = prompt.q.shape[1] // prompt.k.shape[1]
     reached = [n for n, tile in enumerate(tiles) if tile[0] <= max(q_tile)]
-    score = []
+    if not reached:
+        return set()
+    x, y = prompt.q[:, head], prompt.k[:, head // share]
+    q_rows = [i - prompt.prefix for i in q_tile]
+    score = []  # by tile, and by part of the queries
     for n in reached:
-        x, y = prompt.q[:, head], prompt.k[:, head // share]
-        q_rows = [i - prompt.prefix for i in q_tile]
         number: Any = 1
         if recipe.get("score") == "clusters":
             number, mean_k = zip(*clusters(y, tiles[n]), strict=True)
@@ -238,12 +240,16 @@ def top_blocks(
             logits = queries.reshape(8, -1) @ backwards.reshape(8, -1).T * prompt.scale / 16
         else:
             logits = runs(x, q_rows, 1) @ runs(y, tiles[n], 1).T * prompt.scale
-        score.append(float(np.log((np.array(number) * np.exp(logits - logits.max())).sum()) + logits.max()))
-    weight = np.exp(np.array(score) - max(score, default=0.0))
+        top = logits.max(1)
+        score.append(np.log((np.array(number) * np.exp(logits - top[:, None])).sum(1)) + top)
+    weight = np.exp(np.array(score) - np.max(score, 0))
+    weight = (weight / weight.sum(0)).mean(1)
     local = -(-recipe.get("local", 256) // TILE)
     forced = set(range(min(-(-recipe.get("sink", 128) // TILE), len(reached))))
     forced |= set(range(max(0, len(reached) - local), len(reached)))
-    return best(weight, recipe.get("blocks", 64), recipe.get("coverage"), forced, graded=False)
+    kept = best(weight, recipe.get("blocks", 64), recipe.get("coverage"), forced, graded=False)
+    least = recipe.get("least", 0.0) / recipe.get("blocks", 64)
+    return {n for n in kept if n in forced or weight[n] >= least}
 
 
 def attended_by_head(recipes: list[dict[str, Any]], prompt: Prompt) -> list[Bools]:

@@ -42,6 +42,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "grid_auto": FRAME | {"stride": "auto", "text": False, "horizontal": False},
     "block_topk": BLOCKS,
     "block_topk_clusters": BLOCKS | {"score": "clusters", "coverage": 0.9},
+    "block_topk_least": BLOCKS | {"score": "clusters", "blocks": 4, "least": 0.9},
     "block_topk_antidiagonal": BLOCKS | {"score": "antidiagonal", "coverage": 0.9},
     "column_blocks": COLUMN_BLOCKS,
 }

@@ -186,7 +186,7 @@ def test_what_stands_alone_in_a_tile_has_a_cluster_of_its_own(device: str) -> No
 
 
 def test_an_antidiagonal_score_is_xattentions() -> None:
-    """Logits of every 16 queries and keys, their antidiagonal's mean, summed up in a softmax by tile of keys."""
+    """Logits of every 16 queries and keys, their antidiagonal's mean; a softmax for queries, summed up by tile."""
     q, k = torch.randn(3 * TILE, 1, 32, generator=generator(4)), torch.randn(3 * TILE, 1, 32, generator=generator(5))
     plan = make_plan(
         q, k, layout=TokenLayout(items=(), length=3 * TILE), patterns=[BlockTopK(score="antidiagonal", sink=0)],
@@ -196,11 +196,14 @@ def test_an_antidiagonal_score_is_xattentions() -> None:
     assert blocks is not None
     i = torch.arange(16)
     products = (q[:, 0] @ k[:, 0].T * 0.5).view(3, 8, 16, 3, 8, 16)[:, :, i, :, :, 15 - i].mean(0)  # [3, 8, 3, 8]
-    want = products.exp().sum((1, 3)).log()
-    torch.testing.assert_close(scores(blocks, 0, 3)[0], want, rtol=1e-4, atol=1e-5)
+    want = products.flatten(2).softmax(2).view(3, 8, 3, 8).sum((1, 3)).log()
+    visible = torch.ones(1, 3, 3, dtype=torch.bool)
+    torch.testing.assert_close(scores(blocks, 0, 3, visible)[0], want, rtol=1e-4, atol=1e-5)
 
 
-def choice(score: list[float], keep: int, coverage: float | None, sink: int, local: int) -> tuple[set[int], float]:
+def choice(
+    score: list[float], keep: int, coverage: float | None, sink: int, local: int, lowest: float
+) -> tuple[set[int], float]:
     """Tiles kept of visible ones with these scores, and by how much mass no decision was closer."""
     seen = len(score)
     taken = {n for n in range(seen) if n < sink or n >= seen - local}
@@ -209,6 +212,10 @@ def choice(score: list[float], keep: int, coverage: float | None, sink: int, loc
     for n in sorted(set(range(seen)) - taken, key=lambda n: (-score[n], n)):
         share = sum(weight[t] for t in taken) / sum(weight)
         if len(taken) >= keep:
+            break
+        own = weight[n] / sum(weight)
+        margin = min(margin, abs(own - lowest) if lowest else 1.0)
+        if own < lowest:
             break
         if coverage is not None:
             margin = min(margin, abs(share - coverage))
@@ -249,8 +256,11 @@ def choices(blocks: Blocks, reached: list[list[int]], g: int, first: int) -> tup
             k = blocks.k[r, :seen].double().view(seen, 1, blocks.parts, size)
             q = blocks.q[member, first + m].double().view(blocks.parts, 1, size)
             weight = 0.0 if blocks.weight is None else blocks.weight[r, :seen].double()[:, None]
-            score = ((q * k).sum(3) * blocks.scale + weight).flatten(1).logsumexp(1)  # [seen, parts, parts] before
-            taken, margin = choice(score.tolist(), blocks.keep, blocks.coverage, blocks.sink, blocks.local)
+            score = ((q * k).sum(3) * blocks.scale + weight).logsumexp(2)  # [seen, parts of queries]
+            score = score.softmax(0).sum(1).log() if blocks.parts > 1 else score[:, 0]
+            taken, margin = choice(
+                score.tolist(), blocks.keep, blocks.coverage, blocks.sink, blocks.local, blocks.least
+            )
             rows.append(taken)
             least = min(least, margin)
         out.append(rows)
@@ -269,6 +279,10 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "coverage by the forced": dict(keep=10**6, coverage=0.001, scale=0.0625),
     "coverage and count": dict(keep=3, coverage=0.95, local=0),
     "clusters": dict(keep=4, parts=4),
+    "least": dict(keep=10**6, least=0.0231),
+    "least of none": dict(keep=10**6, least=0.9, sink=0, local=0),
+    "least, coverage and count": dict(keep=7, least=0.0431, coverage=0.83),
+    "clusters, least": dict(keep=9, parts=4, least=0.0231),
     "antidiagonals": dict(keep=4, parts=8, weight=None),
     "clusters, coverage": dict(keep=10**6, coverage=0.83, sink=0, parts=4),
 }

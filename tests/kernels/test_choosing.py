@@ -11,6 +11,7 @@ from recipes import ITEMS, RECIPES, relative_error
 
 from benchmarks.kernels.planted import layout_of, planted
 from mm_sglang.auto import CANDIDATES
+from mm_sglang.kernels import choosing
 from mm_sglang.kernels.choosing import SLACK, choose, for_chunk
 from mm_sglang.kernels.engines import engine
 from mm_sglang.kernels.inspection import recall, tiles_by_head
@@ -88,6 +89,14 @@ def test_each_kind_of_head_gets_a_family_that_holds_it(
     whole = recall(lse[rows.long()].T, REFERENCE.ops().row_lse(q, k, None, rows, 0, 0.125))
     torch.testing.assert_close(whole, torch.tensor(chosen.recall), atol=0.15, rtol=0.0)
     assert sum(tiles_by_head(plan)) / 2 / plan.causal_tiles == pytest.approx(sum(chosen.density) / 2, rel=0.2)
+
+
+def test_heads_share_one_budget() -> None:
+    """Both hold most by the first, which costs one of them three times as much as the second does."""
+    held, cost = torch.tensor([[0.9, 0.9], [0.8, 0.85]]), torch.tensor([[0.3, 0.01], [0.1, 0.1]])
+    assert choosing._best(held, cost, 0.2) == [0, 0]
+    assert choosing._best(held, cost, 0.1) == [1, 0]
+    assert choosing._best(held, cost, 0.001) == [1, 0]  # nothing is as cheap: the cheapest
 
 
 def test_slashes_differ_from_columns_and_nobody_looks_nowhere() -> None:
