@@ -69,6 +69,15 @@ def _scores(q_ptr, k_ptr, weight_ptr, heads_ptr, start_ptr, reached_ptr, out_ptr
             tl.store(out_ptr + out, score, mask=(m < tiles)[:, None])  # pitch: a multiple of COLUMNS
 
 
+@triton.jit
+def _total(x):
+    """Sum of fp32 [BLOCK] in [0, 1], in whole numbers: the same bits in whatever order, so in a block of any size.
+
+    What a rank of several chooses must not depend on the slices that it does it in.
+    """
+    return tl.sum((x * 1073741824.0).to(tl.int64), 0).to(tl.float32) * 9.313225746154785e-10  # 2^30, and 2^-30
+
+
 @triton.jit(do_not_specialize=["start_ptr", "k_tiles", "all_tiles", "skip", "pitch", "keep", "sink", "local", "width",
                                "partial_width"])
 def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_ptr, full_ptr, partial_count_ptr,
@@ -93,7 +102,7 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
             score = own
         else:
             highest = tl.maximum(tl.max(own, 0), -3.0e38)  # a row without tiles has a maximum of -inf
-            own -= highest + tl.log(tl.maximum(tl.sum(tl.exp(own - highest), 0), 1e-30))
+            own -= highest + tl.log(tl.maximum(_total(tl.exp(own - highest)), 1e-30))
             top = tl.maximum(score, own)
             score = tl.where(visible, top + tl.log(tl.exp(score - top) + tl.exp(own - top)), float("-inf"))
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 is no less than 0.0
@@ -101,7 +110,7 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
     free = visible & (forced == 0)
     if HAS_COVERAGE or HAS_LEAST:
         mass = tl.exp(score - tl.maximum(tl.max(score, 0), -3.0e38))
-        total = tl.sum(mass, 0)
+        total = _total(mass)
     if HAS_LEAST:
         free = free & (mass >= least * total)
     bits = score.to(tl.int32, bitcast=True)
@@ -109,7 +118,7 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
     key = tl.where(free, key, -2147483648)  # below every score's
     room = tl.maximum(keep - tl.sum(forced.to(tl.int32), 0), 0)
     if HAS_COVERAGE:
-        need = coverage * total - tl.sum(tl.where(forced, mass, 0.0), 0)
+        need = coverage * total - _total(tl.where(forced, mass, 0.0))
     # The threshold: the greatest key at or above which there are enough. `low` has enough or is below all keys.
     low = tl.full([], -2147483648, tl.int32)
     high = tl.max(key, 0)
@@ -119,7 +128,7 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
         number = tl.sum(above.to(tl.int32), 0)
         enough = number >= room
         if HAS_COVERAGE:
-            enough = enough | (tl.sum(tl.where(above, mass, 0.0), 0) >= need)
+            enough = enough | (_total(tl.where(above, mass, 0.0)) >= need)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
         if not HAS_COVERAGE:
@@ -129,7 +138,7 @@ def _choose(score_ptr, heads_ptr, start_ptr, reached_ptr, whole_ptr, full_count_
     place = tl.cumsum(tie.to(tl.int32), 0)  # of equal scores the first
     tie = tie & (place <= room - tl.sum(more.to(tl.int32), 0))
     if HAS_COVERAGE:
-        held, each = tl.sum(tl.where(more, mass, 0.0), 0), tl.max(tl.where(tie, mass, 0.0), 0)
+        held, each = _total(tl.where(more, mass, 0.0)), tl.max(tl.where(tie, mass, 0.0), 0)
         tie = tie & (held + (place - 1).to(tl.float32) * each < need)
     chosen = forced | more | tie
     whole = tl.load(whole_ptr + r * all_tiles + skip + m) - begin

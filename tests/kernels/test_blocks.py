@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the modules below are imported
 
+import triton
+import triton.language as tl
+
 from mm_sglang.kernels.estimate import blocks_gpu as estimate_gpu
 from mm_sglang.kernels.estimate import blocks_reference as estimate
 from mm_sglang.kernels.layout import TokenLayout
@@ -449,6 +452,49 @@ def test_append_blocks_in_slices(device: str, scratch: int, monkeypatch: pytest.
     monkeypatch.setattr(blocks_gpu, "SCRATCH", scratch)
     for group, s in (natural(400, 1500, GQA["7:1"]), gathered(400, 1500, GQA["7:1"], some=True)):
         compare(group, s, device, torch.float32, 1, group.query_tiles, group.width)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_total(x_ptr: Any, out_ptr: Any, count: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr, blocks_gpu._total(tl.load(x_ptr + at, mask=at < count, other=0.0)))
+
+
+@DEVICES
+def test_a_total_has_the_same_bits_in_any_order_and_block(device: str) -> None:
+    x, found = torch.rand(500, generator=generator(15)), set()
+    for values in (x, x.flip(0), x[torch.randperm(500, generator=generator(16))]):
+        for block, warps in ((512, 1), (1024, 2), (8192, 16)):
+            out = torch.zeros(1, device=device)
+            _store_total[(1,)](values.contiguous().to(device), out, 500, BLOCK=block, num_warps=warps)
+            found.add(float(out))
+    (total,) = found
+    assert total == pytest.approx(float(x.double().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@DEVICES
+def test_slices_choose_as_the_whole_does(device: str, parts: int) -> None:
+    """Random scores, and budgets by sums over them: a rank of several has other slices, in blocks of other sizes."""
+    group, s = natural(511 * TILE, 500, ((0, 1, 2, 3),), keep=90, coverage=0.9, least=1e-4, parts=parts)
+    blocks = group.segments[s].blocks
+    assert blocks is not None
+    q, k = (torch.randn(x.shape, generator=generator(n)) for n, x in ((13, blocks.q), (14, blocks.k)))
+    group = moved(replace(group, segments=(Segment(blocks=replace(blocks, q=q, k=k)),)), device, torch.float32)
+    count = group.query_tiles
+
+    def lists(first: int, last: int) -> TileLists:
+        made = empty_lists(group, first, last, group.width, 0)
+        made = TileLists(first=first, **{k: v.to(device) for k, v in vars(made).items() if k != "first"})
+        blocks_gpu.append_blocks(group, s, made, first, last)
+        return made
+
+    whole = lists(0, count)
+    assert (whole.full_count[:, 0] > 20).all()
+    for first, last in ((0, 1), (1, 3), (3, count)):  # tile 0 sees 512 tiles, the others more
+        own = lists(first, last)
+        for name in ("full_count", "full_index", "partial_count", "partial_index"):
+            assert torch.equal(getattr(own, name), getattr(whole, name)[:, first:last]), (name, first)
 
 
 @pytest.mark.parametrize("k_tiles", [129, 2049, 32768])  # a lone tile in the last block of scores, and none
