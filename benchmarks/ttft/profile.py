@@ -12,7 +12,7 @@ from typing import Any
 GATHER = "exchange between GPUs"
 STAGES: dict[str, str] = {
     GATHER: r"nccl|all_?(gather|reduce)|cross_device|custom_ar",
-    "estimate": r"^_(logits|row_stats|combine|mass|pool)\b",
+    "estimate": r"^_(logits|row_stats|combine|mass|pool|clusters)\b",
     "select": r"^_(keys|narrow|search|keep|buckets|hulls|scores|choose)\b",
     "permute (copies of q, k, v)": r"^_(segment|count|place|gather_keys|move_queries)\b",
     "plan": r"^_(limits|append)\b",
