@@ -167,13 +167,13 @@ class HeadGroup:
         """int32 [R, Mq * T]: q_order, written out where it is None."""
         if self.q_order is not None:
             return self.q_order
-        return _natural(self.prefix, self.queries, self.limits.device).expand(len(self.kv_head), -1)
+        return in_order(self.prefix, self.queries, self.limits.device).expand(len(self.kv_head), -1)
 
     def k_positions(self) -> torch.Tensor:
         """int32 [R, Mk * T]: k_order, written out where it is None."""
         if self.k_order is not None:
             return self.k_order
-        return _natural(0, self.keys, self.limits.device).expand(len(self.kv_head), -1)
+        return in_order(0, self.keys, self.limits.device).expand(len(self.kv_head), -1)
 
     def lists(self, first: int = 0, last: int | None = None) -> TileLists:
         """Tiles of query tiles [first, last)."""
@@ -212,7 +212,8 @@ class HeadGroup:
         )
 
 
-def _natural(start: int, count: int, device: torch.device) -> torch.Tensor:
+def in_order(start: int, count: int, device: torch.device) -> torch.Tensor:
+    """int32 [M * T]: positions [start, start + count), PAD to the end of the last tile."""
     order = torch.full((-(-count // TILE) * TILE,), PAD, dtype=torch.int32, device=device)
     order[:count] = torch.arange(start, start + count, dtype=torch.int32, device=device)
     return order

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from mm_sglang.model_hash import model_hash
 from mm_sglang.settings_file import write_whole
 
 TILES = 32  # of queries, a prompt's; 4,096 of them
-SINK, LOCAL = 1, 2  # tiles, as the search and `auto` have them
+SINK, LOCAL = BlockTopK.sink // TILE, BlockTopK.local // TILE  # tiles, as the search and `auto` have them
 
 
 def ceilings(q: torch.Tensor, k: torch.Tensor, scale: float, density: float, tiles: int = TILES) -> dict[str, float]:
@@ -85,10 +86,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, name: str, sampled: 
     (segment,) = group.segments
     assert segment.blocks is not None and group.members == list(range(q.shape[1]))
     number = torch.arange(segment.blocks.k.shape[1], device=q.device)
-    visible = [(number <= tile).expand(q.shape[1], 1, -1) for tile in sampled]
     return [
-        scores(segment.blocks, tile, tile + 1, seen)[:, 0, : tile + 1]
-        for tile, seen in zip(sampled, visible, strict=True)
+        scores(segment.blocks, tile, tile + 1, (number <= tile).expand(q.shape[1], 1, -1))[:, 0, : tile + 1]
+        for tile in sampled
     ]
 
 
@@ -106,11 +106,9 @@ def _held(mass: list[torch.Tensor], order: list[torch.Tensor], density: float) -
         own = [each[:, :most] for each in ranked]
         return sum(each.shape[1] for each in own) / total, sum(float(each.sum()) for each in own)
 
-    below, above = 0, max(each.shape[1] for each in mass) + 1
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if at(middle)[0] <= density else (below, middle)
-    (low, held), (high, more) = at(below), at(above)
+    widest = max(each.shape[1] for each in mass)
+    few = bisect_right(range(widest + 1), density, key=lambda most: at(most)[0]) - 1
+    (low, held), (high, more) = at(few), at(few + 1)
     return held + (more - held) * min(1.0, max(0.0, density - low) / max(high - low, 1e-9))
 
 

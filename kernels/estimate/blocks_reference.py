@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from mm_sglang.kernels.plan import EMPTY, PAD, PARTS, TILE
+from mm_sglang.kernels.plan import EMPTY, PAD, PARTS, TILE, in_order
 
 
 def pool(
@@ -41,8 +41,7 @@ def pool(
         reverse: runs in falling order.
     """
     if order is None:
-        at = torch.arange(-(-count // TILE) * TILE, device=x.device)
-        order = torch.where(at < count, at + base, PAD).int().expand(len(heads), -1)
+        order = in_order(base, count, x.device).expand(len(heads), -1)
     out = []
     for r, row in enumerate(heads):
         real = order[r] != PAD
@@ -76,8 +75,7 @@ def clusters(
         heads: [R] heads of x, one for each order.
     """
     if order is None:
-        at = torch.arange(-(-count // TILE) * TILE, device=x.device)
-        order = torch.where(at < count, at, PAD).int().expand(len(heads), -1)
+        order = in_order(0, count, x.device).expand(len(heads), -1)
     means, numbers = [], []
     for head, row in zip(heads, order, strict=True):
         real = row != PAD

@@ -49,14 +49,15 @@ class BlockTopK(HeadPattern):
             raise ValueError(f"block_topk: score={self.score!r}: needs one of {SCORES}")
 
     def select(self, view: View) -> Selection:
-        k_order, parts, scale = None, {"pooled": 1, "clusters": PARTS, "antidiagonal": TILE}[self.score], view.scale
+        parts = {"pooled": 1, "clusters": PARTS, "antidiagonal": TILE}[self.score]
+        k_order, weight, scale = None, None, view.scale
         if view.key_class is not None:
             k_order = classes.order(view.layout, view.key_class, 0, view.keys).expand(len(view.kv_head), -1)
         queries = view.ops.pool(view.q, view.q_order, None, view.heads, parts, False, view.prefix, view.queries)
         if self.score == "clusters":
             keys, weight = view.ops.clusters(view.k, k_order, view.slots, view.kv_head, view.keys)
         else:
-            kv_heads, weight = tuple((h,) for h in view.kv_head), None
+            kv_heads = tuple((h,) for h in view.kv_head)
             keys = view.ops.pool(view.k, k_order, view.slots, kv_heads, parts, True, 0, view.keys)
         if self.score == "antidiagonal":
             parts, scale = TILE // STRIDE, view.scale / STRIDE

@@ -11,8 +11,9 @@ def scores(blocks: Blocks, first: int, last: int, visible: torch.Tensor) -> torc
     """fp32 [G, M, Mks] of query tiles [first, last); -inf where not `visible` (bool [G, M, Mks])."""
     query = blocks.q[:, first:last].float().chunk(blocks.parts, 2)
     keys = blocks.k.float().repeat_interleave(len(blocks.q) // len(blocks.k), 0).chunk(blocks.parts, 2)
-    weight = torch.zeros(*blocks.k.shape[:2], blocks.parts, device=blocks.k.device)
-    weight = weight if blocks.weight is None else blocks.weight
+    weight = blocks.weight
+    if weight is None:
+        weight = torch.zeros(*blocks.k.shape[:2], blocks.parts, device=blocks.k.device)
     weights = weight.repeat_interleave(len(blocks.q) // len(blocks.k), 0)[:, None].unbind(3)  # [G, 1, Mks] each
     total = torch.full(visible.shape, -torch.inf, device=blocks.q.device)
     for q in query:

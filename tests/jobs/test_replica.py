@@ -102,12 +102,19 @@ def test_settings_that_have_served_are_not_the_reason(clock: Clock, monkeypatch:
     assert begun
 
 
-def test_a_replica_that_waits_leaves_others_their_decoders(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    gang = started(ready=False, decoders=3)
+def waiting(clock: Clock, monkeypatch: pytest.MonkeyPatch, *, missing: str, cpus: int, decoders: int = 2) -> Replica:
+    """A gang without a place, for want of `missing`, where decoders may have so many CPUs."""
+    gang = started(ready=False, decoders=decoders)
     group: Any = SimpleNamespace(wait=lambda seconds: False)
     gang._run, gang._group, gang._since = None, group, clock.now
-    for name, value in {"no_place": "", "decoder_cpus": 8, "remove_placement_group": None, "place": group}.items():
+    told = {"no_place": missing, "decoder_cpus": cpus, "remove_placement_group": None, "place": group}
+    for name, value in told.items():
         monkeypatch.setattr(module, name, lambda *arguments, value=value: value)
+    return gang
+
+
+def test_a_replica_that_waits_leaves_others_their_decoders(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    gang = waiting(clock, monkeypatch, missing="", cpus=8, decoders=3)
     clock.now += 10
     gang.watch()
     assert gang.gang.decoders == 3
@@ -117,12 +124,8 @@ def test_a_replica_that_waits_leaves_others_their_decoders(clock: Clock, monkeyp
 def test_only_what_is_missing_is_said(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, missing: str, said: list[str]
 ) -> None:
-    gang, heard = started(ready=False), []
-    group: Any = SimpleNamespace(wait=lambda seconds: False)
-    gang._run, gang._group, gang._since = None, group, clock.now
+    gang, heard = waiting(clock, monkeypatch, missing=missing, cpus=2), []
     gang.on_event = lambda what, facts: heard.append((what, facts["error"]))
-    for name, value in {"no_place": missing, "decoder_cpus": 2, "remove_placement_group": None, "place": group}.items():
-        monkeypatch.setattr(module, name, lambda *arguments, value=value: value)
     for _ in range(2):  # and only once
         clock.now += 10
         gang.watch()
