@@ -33,7 +33,7 @@ from mm_sglang.kernels.plan import TILE, Plan
 from mm_sglang.kernels.sampling import Sample
 
 ROUNDS = 3  # of bringing the candidates to one cost, each of which waits once for the device
-AIM, CLOSE, SLACK = 0.95, 0.85, 1.1  # of the target: aimed at; near enough to stop; the most that may be chosen
+AIM, CLOSE, SLACK = 0.95, 0.85, 1.1  # of the target: aimed at; near enough to stop; the most of one that may be chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ def choose(
     engine: Engine,
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    tail: int = 0,
     learnt: dict[HeadPattern, float] | None = None,
 ) -> Choice:
     """The candidate of best recall for each head, with budgets at which all compute `density` of the dense tiles.
@@ -67,8 +68,9 @@ def choose(
     Args:
         q, k, v, layout, scale, engine, slots: as for `sparse_prefill`.
         candidates: recipes whose budgets are scaled together; those that the layout gives no sense are left out.
-        density: share of dense attention's tiles, of all heads of a candidate together.
+        density: share of dense attention's tiles, of all heads together, the tail's included.
         out: scratch [Nq, H, D] in q's dtype, overwritten; None: new memory.
+        tail: of `sparse_prefill`; what it costs, the recipes have less. They keep half of the density in any case.
         learnt: by candidate, the budgets that came to the density over those first guessed; used, and kept up to date.
             What a recipe costs differs little from layer to layer, so with it most layers need one round.
 
@@ -80,11 +82,12 @@ def choose(
         raise ValueError(f"candidates={list(candidates)}: needs at least one for this layout")
     engine.check(q)
     sample = Sample(q, k, v, layout, scale, engine, slots, torch.empty_like(q) if out is None else out)
-    tries = _balanced(sample, fitting, density, {} if learnt is None else learnt)
-    affordable = [t for t in tries if t.cost <= SLACK * density] or [min(tries, key=lambda t: t.cost)]
+    most = max(density - sample.tail_cost(tail), density / 2)
+    tries = _balanced(sample, fitting, most, {} if learnt is None else learnt)
+    affordable = [t for t in tries if t.cost <= SLACK * most] or [min(tries, key=lambda t: t.cost)]
     dense = sample.lse(sample.plan(Dense()))
     held = torch.stack([recall(sample.lse(t.plan), dense) for t in affordable]).cpu()  # [C, H]
-    best = _best(held, torch.tensor([t.by_head for t in affordable]), SLACK * density)
+    best = _best(held, torch.tensor([t.by_head for t in affordable]), most)
     return Choice(
         recipes=tuple(affordable[c].pattern for c in best),
         recall=tuple(float(held[c, h]) for h, c in enumerate(best)),

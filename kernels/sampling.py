@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mm_sglang.kernels import classes
 from mm_sglang.kernels.engines import Engine
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns.base import HeadPattern
@@ -51,6 +52,12 @@ class Sample:
             heads = head_numbers(group.heads, self.q.device)
             total.index_add_(0, heads.clamp(min=0).long(), torch.where(heads < 0, 0.0, mean))
         return total / self.causal
+
+    def tail_cost(self, most: int) -> float:
+        """Share of dense tiles that a text tail of `most` queries computes, of each head, beside its recipe's."""
+        queries = classes.tail(self.layout, len(self.q), most)
+        whole = Plan(prefix=self.prefix, queries=len(self.q), heads=self.q.shape[1], groups=())
+        return -(-queries // TILE) * -(-whole.keys // TILE) / whole.causal_tiles
 
     def lse(self, plan: Plan) -> torch.Tensor:
         """fp32 [H, rows] of the sampled queries under a plan; later groups overwrite earlier ones' rows, as in it."""

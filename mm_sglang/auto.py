@@ -57,11 +57,13 @@ class _Request:
 class AutoHeads:
     """Turns `auto` among a layer's recipes into what its heads chose; each tensor-parallel rank decides for its own.
 
+    tail: of the settings, as for `sparse_prefill`.
     agree: makes one of what context-parallel ranks, which have the same heads, found; atomics may round differently.
     """
 
     engine: Engine
     metrics: Metrics
+    tail: int = 0
     agree: Callable[[Any], Any] = lambda found: found
     held: OrderedDict[str, _Request] = field(default_factory=OrderedDict)
     said: set[int] = field(default_factory=set)
@@ -85,7 +87,7 @@ class AutoHeads:
             found = {
                 auto: choose(
                     q, k, v, layout=layout, candidates=CANDIDATES, density=auto.share(prefix, keys), scale=scale,
-                    engine=self.engine, slots=slots, out=out, learnt=request.learnt,
+                    engine=self.engine, slots=slots, out=out, tail=self.tail, learnt=request.learnt,
                 ).recipes
                 for auto in autos
             }  # fmt: skip

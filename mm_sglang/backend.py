@@ -77,7 +77,7 @@ class MMSparseBackend(AttentionBackend):  # type: ignore[misc]
             self.config, own, self.engine, metrics, cuda=torch.device(runner.device).type == "cuda", metered=metered,
             team=self.ranks, first_head=mine.start,
         )  # fmt: skip
-        self.auto = AutoHeads(self.engine, metrics)
+        self.auto = AutoHeads(self.engine, metrics, tail=self.config.text_tail)
         if self.ranks is not None:
             self.auto.agree = self.ranks.agree
         self.merge = int(model.hf_config.vision_config.spatial_merge_size)

@@ -205,7 +205,7 @@ class Session:
     ) -> Recipes:  # fmt: skip
         return choose(
             q, k, v, layout=prompt.layout, candidates=CANDIDATES, density=self.options.density, scale=scale,
-            engine=self.student.engine,
+            engine=self.student.engine, tail=tail_of("auto"),
         ).recipes  # fmt: skip
 
 
