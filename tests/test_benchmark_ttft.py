@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.common import RESULTS
 from benchmarks.ttft import __main__ as ttft
-from benchmarks.ttft import profile
+from benchmarks.ttft import plots, profile
 from benchmarks.ttft.child import Contestant, prompt, spread
 from benchmarks.ttft.model import LAYERS, make_model
 from benchmarks.ttft.parts import PARTS, VIDEO, settings, specs
@@ -110,6 +110,15 @@ def test_the_stored_table_shows_the_ratio_to_stock_at_its_best_chunk() -> None:
     text = ttft.table(record)
     row = next(line for line in text[text.index("ttft: ") :].splitlines() if "1024K" in line and "mm_sparse" in line)
     assert f"{ratio:.2f}x" in row
+
+
+def test_the_picture_is_of_what_the_record_holds(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    record = json.loads(STORED.read_text())
+    for number, (part, drawn) in enumerate((("ttft", True), ("chunks", True), ("mixed", False))):
+        path = tmp_path / f"{number}.png"
+        plots.plot({"runs": [run for run in record["runs"] if run["part"] == part]}, path)
+        assert path.exists() == drawn
+    assert not [warning for warning in recwarn if "legend" in str(warning.message)]
 
 
 def test_a_profile_sorts_kernels_into_stages_and_counts_idle_time_once(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ COLOURS = {"stock": "tab:gray", "mm_sparse": "tab:blue"}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Write a PNG of what the record holds of the parts "whole", "ttft" and "chunks"."""
+    """Write a PNG of what the record holds of the parts "whole", "ttft" and "chunks"; none if it has none."""
+    if not any(run["part"] in ("whole", "ttft", "chunks") for run in record["runs"]):
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +28,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 label=f"{run['name']}, {run['layers']} layers",
             )  # fmt: skip
     left.set(title="Time to first token", xlabel="thousand tokens (1024)", ylabel="seconds")
-    left.legend()
     left.grid(alpha=0.3)
     for run in (r for r in record["runs"] if "profile" in r):
         profile = run["profile"]
@@ -52,8 +53,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
             )
     right.set(title="mm_sparse by chunk size", xlabel="thousand tokens a chunk", ylabel="TTFT over the best chunk's")
     right.set_xscale("log", base=2)
-    right.legend()
     right.grid(alpha=0.3)
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
