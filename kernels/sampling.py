@@ -32,9 +32,10 @@ class Sample:
         self.tiles = evenly(number, TILES)  # the last one holds the question
         rows = tuple(r for t in self.tiles for r in range(t * TILE, min((t + 1) * TILE, len(q))))
         self.rows = device_ints(rows, q.device).long()
-        # tiles that dense attention computes for the whole chunk, told from the sample as the candidates' are
-        ends = [min(self.prefix + (t + 1) * TILE, layout.length) for t in self.tiles]
-        self.causal = sum(-(-end // TILE) for end in ends) / len(ends) * number
+        # Middles of equal parts: a cost that is the same for all rows, or grows with their keys, is the mean of these.
+        self.middles = evenly(number, 2 * TILES)[::2]
+        whole = Plan(prefix=self.prefix, queries=len(q), heads=q.shape[1], groups=())
+        self.causal = whole.causal_tiles  # of each head
 
     def plan(self, pattern: HeadPattern) -> Plan:
         """The recipe's plan of the whole chunk for all heads."""
@@ -47,7 +48,7 @@ class Sample:
         """fp32 [H] on the device: share of dense tiles that each head computes."""
         total = torch.zeros(plan.heads, device=self.q.device)
         for group in plan.groups:
-            lists = sampled(group, self.tiles).lists()
+            lists = sampled(group, self.middles).lists()
             mean = (lists.full_count + lists.partial_count).float().mean(1) * group.query_tiles  # [G]
             heads = head_numbers(group.heads, self.q.device)
             total.index_add_(0, heads.clamp(min=0).long(), torch.where(heads < 0, 0.0, mean))
@@ -56,8 +57,7 @@ class Sample:
     def tail_cost(self, most: int) -> float:
         """Share of dense tiles that a text tail of `most` queries computes, of each head, beside its recipe's."""
         queries = classes.tail(self.layout, len(self.q), most)
-        whole = Plan(prefix=self.prefix, queries=len(self.q), heads=self.q.shape[1], groups=())
-        return -(-queries // TILE) * -(-whole.keys // TILE) / whole.causal_tiles
+        return -(-queries // TILE) * -(-self.layout.length // TILE) / self.causal
 
     def lse(self, plan: Plan) -> torch.Tensor:
         """fp32 [H, rows] of the sampled queries under a plan; later groups overwrite earlier ones' rows, as in it."""
