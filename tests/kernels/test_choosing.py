@@ -11,10 +11,10 @@ from recipes import ITEMS, RECIPES, relative_error
 
 from benchmarks.kernels.planted import layout_of, planted
 from mm_sglang.auto import CANDIDATES
-from mm_sglang.kernels import choosing
+from mm_sglang.kernels import choosing, inspection
 from mm_sglang.kernels.choosing import choose, for_chunk
 from mm_sglang.kernels.engines import engine
-from mm_sglang.kernels.inspection import recall, tiles_by_head
+from mm_sglang.kernels.inspection import recall
 from mm_sglang.kernels.layout import TokenLayout
 from mm_sglang.kernels.patterns import Auto, Boundary, HeadPattern, VerticalSlash, head_pattern
 from mm_sglang.kernels.plan import Plan
@@ -104,7 +104,7 @@ def test_each_kind_of_head_gets_a_family_that_holds_it(
     rows = torch.arange(63, TOKENS, 64, dtype=torch.int32)
     whole = recall(lse[rows.long()].T, REFERENCE.ops().row_lse(q, k, None, rows, 0, 0.125))
     torch.testing.assert_close(whole, torch.tensor(chosen.recall), atol=0.15, rtol=0.0)
-    assert sum(tiles_by_head(plan)) / 2 / plan.causal_tiles == pytest.approx(sum(chosen.density) / 2, rel=0.2)
+    assert inspection.density(plan) == pytest.approx(sum(chosen.density) / 2, rel=0.2)
 
 
 def test_heads_share_one_budget() -> None:
@@ -128,14 +128,11 @@ def test_a_layer_keeps_to_its_density_with_its_tail(tail: int) -> None:
     chosen = choose(
         q, k, v, layout=layout, candidates=CANDIDATES, density=most, scale=0.125, engine=REFERENCE, tail=tail
     )
-    patterns = chosen.recipes
-    plan = make_plan(q, k, layout=layout, patterns=patterns, scale=0.125, ops=REFERENCE.ops(), tail=tail)
-    share = sum(tiles_by_head(plan)) / len(patterns) / plan.causal_tiles
-    said = sum(chosen.density) / len(patterns) + Sample(
-        q, k, v, layout, 0.125, REFERENCE, None, torch.empty_like(q)
-    ).tail_cost(tail)
+    sample = Sample(q, k, v, layout, 0.125, REFERENCE, None, torch.empty_like(q))
+    said = sum(chosen.density) / len(chosen.density) + sample.tail_cost(tail)
+    plan = make_plan(q, k, layout=layout, patterns=chosen.recipes, scale=0.125, ops=REFERENCE.ops(), tail=tail)
     assert 0.85 * most < said <= most
-    assert share == pytest.approx(said, rel=0.03)  # told from 8 of 64 tiles
+    assert inspection.density(plan) == pytest.approx(said, rel=0.03)  # told from 8 of 64 tiles
 
 
 def test_a_tail_leaves_the_recipes_half() -> None:
@@ -208,7 +205,7 @@ def test_a_choice_costs_about_the_same_share_of_a_later_chunk(name: str) -> None
         part = for_chunk(head_pattern(recipe), then, (prefix, keys))
         layout = TokenLayout(items=ITEMS, length=keys)
         plan = make_plan(q[prefix:keys], k[:keys], layout=layout, patterns=[part] * 4, scale=0.4, ops=REFERENCE.ops())
-        shares.append(sum(tiles_by_head(plan)) / 4 / plan.causal_tiles)
+        shares.append(inspection.density(plan))
     assert 0.4 < shares[1] / shares[0] < 1.6
     assert for_chunk(head_pattern(recipe), then, then) == head_pattern(recipe)
 
