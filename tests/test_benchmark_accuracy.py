@@ -14,7 +14,19 @@ from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy import ceiling, searching
 from benchmarks.accuracy import session as sessions
 from benchmarks.accuracy.ceiling import ceilings
-from benchmarks.accuracy.methods import FILES, METHODS, RIVALS, SEARCHED, Layer, balance, rival, searched
+from benchmarks.accuracy.methods import (
+    FILES,
+    METHODS,
+    NO_TAIL,
+    RIVALS,
+    SEARCHED,
+    WITH_TAIL,
+    Layer,
+    balance,
+    rival,
+    searched,
+    tail_of,
+)
 from benchmarks.accuracy.patterns import Fixed, Strided, TriShape
 from benchmarks.accuracy.report import heat_maps, shared, table
 from benchmarks.accuracy.student import Prompt, Student
@@ -102,6 +114,17 @@ def test_every_method_is_dense_with_all_budgets(student: Student, prompt: Prompt
     assert outcome.density >= 1.0  # tri-shape computes its last rows twice, tiles cut by a boundary count both times
     assert outcome.error < 1e-5 and outcome.recall > 0.9999
     assert outcome.tokens == student.run(prompt, None).tokens
+
+
+@pytest.mark.parametrize(("with_tail", "without"), [("searched", NO_TAIL), (WITH_TAIL, "xattention")])
+def test_some_methods_keep_the_questions_rows_dense(
+    student: Student, prompt: Prompt, with_tail: str, without: str
+) -> None:
+    make = rival("xattention", HEADS)
+    longer, own = (
+        student.run(prompt, lambda layer, *_: make(layer, 2.0**-8), tail_of(m)) for m in (with_tail, without)
+    )
+    assert longer.density > own.density and longer.recall > own.recall
 
 
 @pytest.mark.parametrize("name", RIVALS)

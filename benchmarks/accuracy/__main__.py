@@ -1,6 +1,6 @@
 """Answers of a trained small model with its prefill attention replaced: sparse methods at one density, and dense.
 
-python -m benchmarks.accuracy FOLDER                             14 methods, six tasks, 4K to 128K, 5 depths, 3 samples
+python -m benchmarks.accuracy FOLDER                             15 methods, six tasks, 4K to 128K, 5 depths, 3 samples
 python -m benchmarks.accuracy FOLDER --config searched.yaml      patterns that mm-sglang search has written
 python -m benchmarks.accuracy FOLDER --budget-seconds 450        ends in time, search included; the same command goes on
 python -m benchmarks.accuracy --show FILE                        table and heat maps of a stored run

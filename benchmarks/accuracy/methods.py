@@ -31,7 +31,9 @@ WITHOUT = {"searched_no_boundary": ("k ", "q ", "2d "), "searched_no_grid": ("gr
 FILES = ("searched", *WITHOUT)
 NO_TAIL = "searched_no_tail"
 SEARCHED = (*FILES, NO_TAIL)
+WITH_TAIL = "xattention_tail"
 BLOCKS = BlockTopK(blocks=32, sink=SINK, local=WINDOW)
+ANTIDIAGONAL = BlockTopK(blocks=32, sink=SINK, local=WINDOW, score="antidiagonal")
 
 RIVALS: Mapping[str, tuple[HeadPattern, str]] = {
     "a_shape": (AShape(sink=128, local=2048), "StreamingLLM: first and nearest keys"),
@@ -39,9 +41,8 @@ RIVALS: Mapping[str, tuple[HeadPattern, str]] = {
     "strided": (Strided(), "Sparse Transformer, stride of a frame, every n-th diagonal"),
     "fixed": (Fixed(), "Sparse Transformer, blocks of a frame, every n-th block's last key or several"),
     "vertical_slash": (VerticalSlash(columns=1000, slashes=2048), "MInference: vertical-slash in every head"),
-    "xattention": (
-        BlockTopK(blocks=32, sink=SINK, local=WINDOW, score="antidiagonal"), "XAttention, stride 16"
-    ),
+    "xattention": (ANTIDIAGONAL, "XAttention, stride 16"),
+    WITH_TAIL: (ANTIDIAGONAL, "the same with mm_sparse's dense rows for the question, which XAttention has not"),
     "flexprefill": (
         BlockTopK(blocks=ALL_BLOCKS, coverage=0.5, sink=SINK, local=WINDOW),
         "FlexPrefill's query-aware heads: blocks up to a coverage",
@@ -63,8 +64,8 @@ METHODS = tuple(NOTES)
 
 
 def tail_of(method: str) -> int:
-    """The text tail, which mm_sparse's settings have if they name none; the rivals are run as published."""
-    return TEXT_TAIL if method in (*FILES, "auto") else 0
+    """The text tail that mm_sparse has if settings name none; but for WITH_TAIL the rivals are run as published."""
+    return TEXT_TAIL if method in (*FILES, "auto", WITH_TAIL) else 0
 
 
 def rival(name: str, heads: int) -> Make:
