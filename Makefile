@@ -21,9 +21,9 @@ lint: setup
 	@$(BIN)/ruff format --check --quiet --output-format concise
 	@$(BIN)/mypy
 
-# Two workers, and one thread in each process they start: more threads than cores wait for each other most of the time.
+# Two workers, and one thread in each process they start (tests/conftest.py).
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # An environment that scripts/setup_cpu did not make is not ours to remove.
 clean:

@@ -18,6 +18,11 @@ RAY = (
     "tests/jobs/test_arguments.py",
 )
 
+# One thread in this process and those it starts, whoever runs beside it: more threads than cores wait for each other. A
+# reference of 0.2 s takes 60 s with another pytest beside it, on two cores with two threads each as on 64 with 64.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # Every server, rank and worker that a test starts imports 6000 modules: see tests/helpers/start/sitecustomize.py.
 START = Path(__file__).parent / "helpers" / "start"
 if str(START) not in os.environ.get("PYTHONPATH", ""):
