@@ -107,6 +107,8 @@ def server_command(
         if ranks > 1 and cores is not None and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(ranks, cores)
         flags |= CPU_FLAGS
+    elif cores is not None:
+        environment |= kernel_cache()
     if max_video_tokens is not None:
         chunk, fraction = _number(extra, "--chunked-prefill-size", int), _number(extra, "--mem-fraction-static", float)
         lifted = long_video(
@@ -121,6 +123,24 @@ def server_command(
     if overrides:
         added += [OVERRIDES, json.dumps(overrides)]
     return [sglang_script(), "serve", model, *added, *extra], environment
+
+
+def kernel_cache() -> dict[str, str]:
+    """What makes FlashAttention-4 keep its kernels on disk (flash_attn/cute/cache_utils.py), unless the user says else.
+
+    It is off by itself, and a server's first long prompts wait for seconds. In this user's own cache, not below /tmp as
+    theirs, where another user's file could be loaded.
+    """
+    enabled, where = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    if enabled in os.environ or where in os.environ:
+        return {}
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_sglang" / "flash_attention"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"mm-sglang: kernels are compiled again at every start: {error}", flush=True)
+        return {}
+    return {enabled: "1", where: str(folder)}
 
 
 def _memory(check_room: bool) -> int:

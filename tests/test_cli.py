@@ -65,6 +65,29 @@ def test_tensor_parallel_ranks_get_their_own_cores(tmp_path: Path, monkeypatch: 
         thread_binding(4, 2)
 
 
+def test_a_gpu_server_keeps_its_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enabled, where = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    for name in (enabled, where):
+        monkeypatch.delenv(name, raising=False)
+    model, own = str(model_folder(tmp_path)), tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
+    assert enabled not in server_command(model, config=None, extra=[], cores=2)[1]  # a CPU has none
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    _, environment = server_command(model, config=None, extra=[], cores=2)
+    assert environment == {enabled: "1", where: str(own / "mm_sglang" / "flash_attention")}
+    assert Path(environment[where]).is_dir()
+    assert server_command(model, config=None, extra=[], cores=None)[1] == {}  # of another machine nothing is known
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "config.json"))  # a file
+    (tmp_path / "config.json").touch()
+    assert server_command(model, config=None, extra=[], cores=2)[1] == {}
+    assert "kernels are compiled again at every start" in capsys.readouterr().out
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
+    monkeypatch.setenv(enabled, "0")
+    assert server_command(model, config=None, extra=[], cores=2)[1] == {}
+
+
 def test_context_parallel_sets_what_sglang_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
     model = str(model_folder(tmp_path))
