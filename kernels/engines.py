@@ -27,15 +27,13 @@ class Engine:
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: tuple[int, ...] | None = None
     device: str | None = None
-    cpu_dtypes: tuple[torch.dtype, ...] | None = None
 
     def check(self, q: torch.Tensor) -> None:
         """ValueError if these tensors are not for this engine."""
         if self.device is not None and q.device.type != self.device:
             raise ValueError(f"engine {self.name}: q on {q.device}: needs {self.device}")
-        dtypes = self.cpu_dtypes if q.device.type == "cpu" and self.cpu_dtypes is not None else self.dtypes
-        if dtypes is not None and q.dtype not in dtypes:
-            raise ValueError(f"engine {self.name}: q is {q.dtype} on {q.device}: needs one of {dtypes}")
+        if self.dtypes is not None and q.dtype not in self.dtypes:
+            raise ValueError(f"engine {self.name}: q is {q.dtype}: needs one of {self.dtypes}")
         if self.head_dims is not None and q.shape[2] not in self.head_dims:
             raise ValueError(f"engine {self.name}: head_dim={q.shape[2]}: needs one of {self.head_dims}")
 
@@ -74,7 +72,6 @@ ENGINES = {
     ),
     "triton": Engine(
         name="triton", attend=_lazy("triton_fwd"), ops=triton_ops, missing=_triton_missing,
-        cpu_dtypes=(torch.float16, torch.float32),  # its interpreter multiplies the bits of bf16 as integers
         head_dims=(16, 32, 64, 128, 256), note="Triton, any CUDA GPU; its interpreter on a CPU, for tests",
     ),
     "reference": Engine(

@@ -104,13 +104,6 @@ def test_engines_compute_the_attended_softmax(kind: str, name: str, prefix: int,
         run(kind, [RECIPES[name]] * heads, q, k, v, paged)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, Triton's interpreter is off")
-def test_the_interpreter_refuses_bf16_which_it_multiplies_as_integers() -> None:
-    q, k, v = tensors(0, 129, 2, 1, 16, torch.bfloat16, seed=1)
-    with pytest.raises(ValueError, match=r"engine triton: q is torch\.bfloat16 on cpu: needs one of"):
-        run("triton", [RECIPES["a_shape"]] * 2, q, k, v, False)
-
-
 @pytest.mark.parametrize("kind", ENGINES)
 def test_all_recipes_mixed_freely_over_heads(kind: str) -> None:
     recipes = [*RECIPES.values()]
