@@ -31,6 +31,9 @@ if str(START) not in os.environ.get("PYTHONPATH", ""):
 # Ray makes its workers nice (15): beside other tests they would hardly run, and be all that is left at the end.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Nor does Ray start by itself where a test calls it unconnected: such a Ray, 65 s later, ended the process it was in.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: side_by_side(item.nodeid) != "Ray")  # first: they take longest, and wait a lot
