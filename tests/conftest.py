@@ -31,7 +31,8 @@ if str(START) not in os.environ.get("PYTHONPATH", ""):
 # Ray makes its workers nice (15): beside other tests they would hardly run, and be all that is left at the end.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-# Nor does Ray start by itself where a test calls it unconnected: such a Ray, 65 s later, ended the process it was in.
+# A call to Ray where nobody connected is a mistake, and an error then: the Ray that it would start ends this process
+# when it ends.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 

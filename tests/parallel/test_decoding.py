@@ -6,7 +6,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Actor:
 
 
 @pytest.fixture
-def actors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Decoders]:
+def actors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Decoders]]:
     def ray_wait(asked: list[Future[Any]], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
         done, rest = wait(asked, timeout, FIRST_COMPLETED)
         return list(done), list(rest)
@@ -130,7 +130,11 @@ def actors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Decoders]:
         made._turns = itertools.cycle(made.actors)
         return made
 
-    return make
+    yield make
+    for thread in threading.enumerate():  # with Ray's own `wait` again it would start a Ray in this process
+        if "_turn_away" in thread.name:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_videos_at_once_share_the_actors_and_a_damaged_one_does_not_hold_them(
